@@ -1,0 +1,2 @@
+//! Parse, run, and be the only place that prints errors and sets exit codes.
+fn main() {}
