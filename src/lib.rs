@@ -5,6 +5,7 @@
 #![warn(missing_docs)]
 
 pub mod comm;
+pub mod config;
 pub mod cpu;
 pub mod error;
 pub mod text;

@@ -1,0 +1,133 @@
+//! Typed access to a JSON object that remembers which keys nobody asked for.
+
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Larger than any real configuration file; keeps a wrong path from being read whole.
+const MAX_FILE: u64 = 16 << 20;
+
+pub(super) fn read_text(path: &Path) -> Result<String> {
+    let meta =
+        std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    if meta.len() > MAX_FILE {
+        return Err(Error::file(
+            path,
+            format!("{} bytes is too large for a configuration file", meta.len()),
+        ));
+    }
+    std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))
+}
+
+/// A JSON object whose keys are taken out one by one; `null` counts as absent, as it does in Python.
+pub(super) struct Fields(Map<String, Value>);
+
+impl Fields {
+    pub fn parse(text: &str) -> Result<Self> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => Ok(Fields(map)),
+            Ok(_) => Err(Error::failed("not a JSON object")),
+            Err(e) => Err(Error::failed(format!("not valid JSON: {e}"))),
+        }
+    }
+
+    pub fn from_value(key: &str, value: Value) -> Result<Self> {
+        match value {
+            Value::Object(map) => Ok(Fields(map)),
+            other => Err(Error::failed(format!("{key} is {other}, not an object"))),
+        }
+    }
+
+    pub fn take(&mut self, key: &str) -> Option<Value> {
+        self.0.remove(key).filter(|v| !v.is_null())
+    }
+
+    pub fn optional_size(&mut self, key: &str, max: usize) -> Result<Option<usize>> {
+        let Some(value) = self.take(key) else {
+            return Ok(None);
+        };
+        match value.as_u64() {
+            Some(n) if n >= 1 && n <= max as u64 => Ok(Some(n as usize)),
+            _ => Err(Error::failed(format!(
+                "{key} is {value}; a whole number from 1 to {max} is needed"
+            ))),
+        }
+    }
+
+    pub fn size(&mut self, key: &str, max: usize) -> Result<usize> {
+        self.optional_size(key, max)?
+            .ok_or_else(|| Error::failed(format!("{key} is missing")))
+    }
+
+    /// A finite number.
+    pub fn number(&mut self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.take(key) else {
+            return Ok(None);
+        };
+        match value.as_f64().filter(|x| x.is_finite()) {
+            Some(x) => Ok(Some(x)),
+            None => Err(Error::failed(format!(
+                "{key} is {value}; a number is needed"
+            ))),
+        }
+    }
+
+    pub fn boolean(&mut self, key: &str) -> Result<Option<bool>> {
+        let Some(value) = self.take(key) else {
+            return Ok(None);
+        };
+        match value.as_bool() {
+            Some(b) => Ok(Some(b)),
+            None => Err(Error::failed(format!(
+                "{key} is {value}; true or false is needed"
+            ))),
+        }
+    }
+
+    pub fn string(&mut self, key: &str) -> Result<Option<String>> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(value) => Err(Error::failed(format!(
+                "{key} is {value}; a string is needed"
+            ))),
+        }
+    }
+
+    /// One token id or a list of them.
+    pub fn token_ids(&mut self, key: &str) -> Result<Vec<u32>> {
+        let Some(value) = self.take(key) else {
+            return Ok(Vec::new());
+        };
+        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        let ids = match &value {
+            Value::Array(list) => list.iter().map(id).collect::<Option<Vec<_>>>(),
+            one => id(one).map(|n| vec![n]),
+        };
+        ids.ok_or_else(|| {
+            Error::failed(format!(
+                "{key} is {value}; a token id or a list of them is needed"
+            ))
+        })
+    }
+
+    /// Refuses what is left, except `harmless` keys and private ones (`_name_or_path`).
+    pub fn refuse_rest(&self, harmless: &[&str]) -> Result<()> {
+        let unknown = |(key, value): &(&String, &Value)| {
+            !value.is_null() && !key.starts_with('_') && !harmless.contains(&key.as_str())
+        };
+        match self.0.iter().find(unknown) {
+            None => Ok(()),
+            Some((key, value)) => {
+                let mut shown = value.to_string();
+                if shown.chars().count() > 40 {
+                    shown = shown.chars().take(40).chain("…".chars()).collect();
+                }
+                Err(Error::failed(format!(
+                    "key \"{key}\" ({shown}) is not known and could change the model's arithmetic; \
+                     remove it if it does not"
+                )))
+            }
+        }
+    }
+}
