@@ -8,6 +8,7 @@ pub mod comm;
 pub mod config;
 pub mod cpu;
 pub mod error;
+pub mod plan;
 pub mod text;
 pub mod weights;
 pub mod world;
