@@ -2,15 +2,18 @@
 //! every process holding its column or row slice of every layer.
 //!
 //! The modules, in the order in which a request meets them:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`config`] | what the model is: `config.json`, validated, or a named shape |
+//! | [`plan`] | what each rank will do: shards, bytes, predicted speed; pure |
+//! | [`weights`] | safetensors headers → this rank's byte ranges → their final place |
+//! | [`error`] | the one error type |
 #![warn(missing_docs)]
 
-pub mod comm;
 pub mod config;
-pub mod cpu;
 pub mod error;
 pub mod plan;
-pub mod text;
 pub mod weights;
-pub mod world;
 
 pub use error::{Error, Result};

@@ -1,7 +1,23 @@
 //! Weights: safetensors headers → this rank's byte ranges → straight into their final place.
+//!
+//! [`Checkpoint::open`] reads headers only; [`Arena`] is the host memory that a rank's matrices live in; [`load`] fills
+//! them from the checkpoint's files, or with random values where there are none.
 
+mod arena;
+mod checkpoint;
 mod dtype;
+pub mod header;
+mod load;
+mod pieces;
+mod random;
+#[cfg(test)]
+mod tests;
+mod text;
+
+pub use arena::{ALIGN, Arena, Slab};
+pub use checkpoint::{Checkpoint, TensorInfo};
 pub use dtype::Dtype;
+pub use load::{LoadStats, Source, load, load_overhead};
 
 use std::ops::Range;
 
