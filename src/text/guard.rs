@@ -1,0 +1,35 @@
+//! A library that panics on strange input, made to return an error instead.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::Once;
+
+thread_local! {
+    /// Panics of this thread are being caught and will be reported as errors.
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f`; a panic inside it becomes its message, and prints nothing.
+///
+/// The tokenizers crate panics where `tokenizer.json` contradicts itself and where a regular expression gives up
+/// on a text. Neither is a defect of this program, so neither may look like one.
+pub(super) fn guarded<T>(f: impl FnOnce() -> T) -> Result<T, String> {
+    static QUIET_HOOK: Once = Once::new();
+    QUIET_HOOK.call_once(|| {
+        let print = take_hook();
+        set_hook(Box::new(move |info| {
+            if !GUARDED.get() {
+                print(info);
+            }
+        }));
+    });
+    let outer = GUARDED.replace(true);
+    // What `f` leaves half-done is dropped with the error: callers give it nothing that outlives a failure.
+    let result = catch_unwind(AssertUnwindSafe(f));
+    GUARDED.set(outer);
+    result.map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        text.unwrap_or("unknown failure").to_owned()
+    })
+}
