@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 /// What can go wrong, worded for the person at the terminal.
 ///
-/// `main` prints it once and maps it to an exit code: [`Error::Usage`] is 2, everything else 1.
+/// `main` prints it once ([`Error::Told`] not at all) and ends with its [`Error::exit_code`].
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The command line asks for something that cannot be (exit code 2).
@@ -28,6 +28,9 @@ pub enum Error {
         /// Its own error, one line.
         what: String,
     },
+    /// Rank 0 shows the error, or there is nothing to show: end with this exit code and print nothing.
+    #[error("rank 0 has shown the error")]
+    Told(u8),
     /// Anything else, already worded for the terminal.
     #[error("{0}")]
     Failed(String),
@@ -55,10 +58,11 @@ impl Error {
         Error::Failed(one_line(what))
     }
 
-    /// The process exit code: 2 for wrong usage, 1 for a failure.
+    /// The process exit code: 2 for wrong usage, 1 for a failure, what rank 0 said on a rank that was told.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) => 2,
+            Error::Told(code) => *code,
             _ => 1,
         }
     }

@@ -6,16 +6,20 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`config`] | what the model is: `config.json`, validated, or a named shape |
+//! | [`world`] | who am I among the ranks, how do we meet, how do we end together |
 //! | [`plan`] | what each rank will do: shards, bytes, predicted speed; pure |
 //! | [`weights`] | safetensors headers → this rank's byte ranges → their final place |
+//! | [`comm`] | what the ranks say to each other in a forward pass |
 //! | [`text`] | tokenizer, chat template, streamed detokenization, stop strings |
 //! | [`error`] | the one error type |
 #![warn(missing_docs)]
 
+pub mod comm;
 pub mod config;
 pub mod error;
 pub mod plan;
 pub mod text;
 pub mod weights;
+pub mod world;
 
 pub use error::{Error, Result};

@@ -1,6 +1,14 @@
 //! What the ranks say to each other in a forward pass.
 
-use crate::Result;
+mod shm;
+mod tcp;
+#[cfg(test)]
+mod tests;
+
+pub use shm::{Segment, ShmCollective};
+pub use tcp::TcpCollective;
+
+use crate::{Error, Result};
 
 /// The collectives of a forward pass over host memory; every rank calls the same ones in the same order.
 ///
@@ -10,6 +18,10 @@ pub trait HostCollective: Send {
     fn rank(&self) -> usize;
     /// Number of ranks.
     fn size(&self) -> usize;
+    /// The way the data takes, in a word or two.
+    fn name(&self) -> &'static str {
+        "host memory"
+    }
     /// `x[i] = Σ over ranks of x[i]`, in place.
     fn all_reduce(&mut self, x: &mut [f32]) -> Result<()>;
     /// `out` is every rank's `local` in rank order; `counts[r]` elements from rank `r` (`counts[rank] == local.len()`).
@@ -26,6 +38,9 @@ impl HostCollective for Solo {
     fn size(&self) -> usize {
         1
     }
+    fn name(&self) -> &'static str {
+        "one rank"
+    }
     fn all_reduce(&mut self, _: &mut [f32]) -> Result<()> {
         Ok(())
     }
@@ -33,4 +48,22 @@ impl HostCollective for Solo {
         out.copy_from_slice(local);
         Ok(())
     }
+}
+
+/// Whether the buffers of an [`HostCollective::all_gather`] are those of its counts.
+fn check_counts(
+    comm: &impl HostCollective,
+    local: &[f32],
+    counts: &[usize],
+    out: &[f32],
+) -> Result<()> {
+    let total: usize = counts.iter().sum();
+    if counts.len() == comm.size() && counts[comm.rank()] == local.len() && total == out.len() {
+        return Ok(());
+    }
+    Err(Error::failed(format!(
+        "all_gather of {} elements into {}: the counts are {counts:?}",
+        local.len(),
+        out.len()
+    )))
 }
