@@ -10,6 +10,7 @@
 //! | [`plan`] | what each rank will do: shards, bytes, predicted speed; pure |
 //! | [`weights`] | safetensors headers → this rank's byte ranges → their final place |
 //! | [`comm`] | what the ranks say to each other in a forward pass |
+//! | [`model`] | the one forward pass, over any backend, and the paged KV cache |
 //! | [`text`] | tokenizer, chat template, streamed detokenization, stop strings |
 //! | [`error`] | the one error type |
 #![warn(missing_docs)]
@@ -17,6 +18,7 @@
 pub mod comm;
 pub mod config;
 pub mod error;
+pub mod model;
 pub mod plan;
 pub mod text;
 pub mod weights;

@@ -48,7 +48,7 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding, padding included.
     pub vocab_size: usize,
-    /// Longest sequence, prompt and answer together.
+    /// Longest sequence, prompt and answer together; with YaRN the stretched length.
     pub max_position_embeddings: usize,
     /// The epsilon of every RMSNorm.
     pub rms_norm_eps: f32,
@@ -95,6 +95,9 @@ const HARMLESS: &[&str] = &[
 /// No published Qwen is near it; a larger value is a damaged file, and products of two stay far from overflow.
 const MAX_SIZE: usize = 1 << 24;
 
+/// Deeper than any model; every layer costs names and plans before its first byte.
+const MAX_LAYERS: usize = 4096;
+
 impl ModelConfig {
     /// Reads `DIR/config.json`.
     ///
@@ -131,6 +134,8 @@ impl ModelConfig {
         let rms_norm_eps = f.number("rms_norm_eps")?.unwrap_or(1e-6) as f32;
         let tie_word_embeddings = f.boolean("tie_word_embeddings")?.unwrap_or(false);
         let rope = Rope::take(&mut f, max_position_embeddings)?;
+        // Qwen's instructions for long texts add YaRN and leave max_position_embeddings at the trained length.
+        let max_position_embeddings = max_position_embeddings.max(rope.stretched_positions());
         let eos_token_ids = f.token_ids("eos_token_id")?;
         let dtype = dtype(&mut f)?;
         let config = ModelConfig {
@@ -186,6 +191,12 @@ impl ModelConfig {
             return refuse(format!(
                 "eos_token_id {id} is outside the vocabulary of {}",
                 c.vocab_size
+            ));
+        }
+        if c.n_layers > MAX_LAYERS {
+            return refuse(format!(
+                "num_hidden_layers is {}; at most {MAX_LAYERS}",
+                c.n_layers
             ));
         }
         // Generous beyond any real model, tight enough that later byte counts cannot overflow 64 bits.

@@ -51,7 +51,8 @@ impl Rope {
             rope.take_scaling(&mut r, max_positions)
                 .map_err(|e| Error::failed(format!("{key}: {e}")))?;
         }
-        if !(rope.theta > 1.0) {
+        // `number` takes finite values only.
+        if rope.theta <= 1.0 {
             return Err(Error::failed(format!(
                 "rope_theta {}: must be above 1",
                 rope.theta
@@ -79,6 +80,13 @@ impl Rope {
             }
         }
         r.refuse_rest(&[])
+    }
+
+    /// Positions that YaRN makes usable; 0 without it.
+    pub(super) fn stretched_positions(&self) -> usize {
+        self.yarn.as_ref().map_or(0, |y| {
+            (y.factor * y.original_max_position_embeddings as f64) as usize
+        })
     }
 
     /// The `head_dim / 2` inverse frequencies and the factor on cos and sin.

@@ -63,11 +63,9 @@ fn yarn_is_read_in_both_spellings() {
         let mut config = qwen25();
         config["rope_scaling"] =
             json!({key: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
-        let yarn = ModelConfig::from_json(&config.to_string())
-            .unwrap()
-            .rope
-            .yarn
-            .unwrap();
+        let config = ModelConfig::from_json(&config.to_string()).unwrap();
+        assert_eq!(config.max_position_embeddings, 131_072);
+        let yarn = config.rope.yarn.unwrap();
         assert_eq!(
             (yarn.factor, yarn.original_max_position_embeddings),
             (4.0, 32768)
@@ -131,7 +129,12 @@ fn absurd_and_contradictory_values_are_refused_with_the_value() {
         ("rope_theta", json!(1), "rope_theta 1"),
         ("eos_token_id", json!(999_999), "eos_token_id 999999"),
         ("eos_token_id", json!([1, "x"]), "eos_token_id"),
-        ("num_hidden_layers", json!(16_000_000), "parameters"),
+        (
+            "num_hidden_layers",
+            json!(16_000_000),
+            "num_hidden_layers is 16000000",
+        ),
+        ("intermediate_size", json!(16_000_000), "parameters"),
         ("vocab_size", json!(null), "vocab_size is missing"),
         (
             "tie_word_embeddings",

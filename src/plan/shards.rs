@@ -330,12 +330,10 @@ mod tests {
             for axis in [Axis::Heads, Axis::Intermediate, Axis::Vocab] {
                 prop_assert!(coverage(&shards, &config, axis).iter().all(|&n| n == 1), "{axis:?}");
             }
-            for axis in [Axis::KvHeads] {
-                let held = coverage(&shards, &config, axis);
-                prop_assert!(held.iter().all(|&n| n >= 1));
-                if tp_size <= config.n_kv_heads {
-                    prop_assert!(held.iter().all(|&n| n == 1));
-                }
+            let held = coverage(&shards, &config, Axis::KvHeads);
+            prop_assert!(held.iter().all(|&n| n >= 1));
+            if tp_size <= config.n_kv_heads {
+                prop_assert!(held.iter().all(|&n| n == 1));
             }
         }
 

@@ -1,0 +1,118 @@
+//! What the forward pass asks of the machine: about a dozen fused operations over buffers that exist before the step.
+
+use super::Layer;
+use crate::Result;
+
+/// The tokens of one step: prefill chunks and single decode tokens of many sequences, back to back.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, `[T]`.
+    pub tokens: Vec<u32>,
+    /// Position of each token in its own sequence, `[T]`.
+    pub positions: Vec<u32>,
+    /// The sequences, in the order of their tokens.
+    pub seqs: Vec<BatchSeq>,
+    /// The token rows whose logits are wanted, `[S]`, ascending.
+    pub logit_rows: Vec<u32>,
+}
+
+/// One sequence's part of a [`Batch`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchSeq {
+    /// Its first token row.
+    pub start: usize,
+    /// Its number of token rows.
+    pub len: usize,
+    /// Its cached tokens once this step is done.
+    pub context_len: usize,
+    /// The KV blocks of its tokens `0..context_len`, in order.
+    pub blocks: Vec<u32>,
+}
+
+/// The buffers of a step, T = tokens of the step; `plan::memory` lists their sizes.
+#[derive(Debug)]
+pub struct Activations<Buf> {
+    /// Residual stream, `[T, hidden]`, whole on every rank.
+    pub x: Buf,
+    /// Normalised input of the next product, `[T, hidden]`.
+    pub h: Buf,
+    /// Rotated queries, `[T, n_heads_local · head_dim]`.
+    pub q: Buf,
+    /// Attention output, `[T, n_heads_local · head_dim]`.
+    pub attn: Buf,
+    /// MLP activations, `[T, intermediate_local]`.
+    pub mlp: Buf,
+    /// A row-parallel product before its sum over ranks, `[T, hidden]`.
+    pub partial: Buf,
+    /// Logits of the wanted rows, `[S, vocab]`, whole on every rank.
+    pub logits: Buf,
+}
+
+/// A token chosen from one row of logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Choice {
+    /// The token; the lowest id among equals where the most likely one is taken.
+    pub token: u32,
+    /// Its logit.
+    pub logit: f32,
+    /// Natural logarithm of the sum of exp(logit) over the known tokens.
+    pub log_sum_exp: f64,
+}
+
+/// A place where the forward pass runs. All operations refer to the batch given to [`Backend::begin`].
+///
+/// # Errors
+/// Every operation may fail: a lost rank in a collective, a lost device, a step larger than the plan.
+pub trait Backend {
+    /// A matrix or vector in its final place.
+    type Weight;
+    /// A step buffer.
+    type Buf;
+
+    /// Takes in the step's tokens, positions and block tables.
+    fn begin(&mut self, batch: &Batch) -> Result<()>;
+    /// Rows of `table` for the tokens; zeros for tokens of other ranks' rows.
+    fn embed(&mut self, table: &Self::Weight, x: &mut Self::Buf) -> Result<()>;
+    /// Sums `x` over the ranks.
+    fn all_reduce(&mut self, x: &mut Self::Buf) -> Result<()>;
+    /// `h = RMSNorm(x) · weight`.
+    fn rms_norm(&mut self, x: &Self::Buf, weight: &Self::Weight, h: &mut Self::Buf) -> Result<()>;
+    /// Sums `partial` over the ranks, adds it to `x`, and `h = RMSNorm(x) · weight`.
+    fn all_reduce_add_norm(
+        &mut self,
+        partial: &mut Self::Buf,
+        x: &mut Self::Buf,
+        weight: &Self::Weight,
+        h: &mut Self::Buf,
+    ) -> Result<()>;
+    /// The q, k and v products with bias, head norms and rotation; k and v go to the cache of layer `index`.
+    fn qkv(
+        &mut self,
+        index: usize,
+        layer: &Layer<Self::Weight>,
+        h: &Self::Buf,
+        q: &mut Self::Buf,
+    ) -> Result<()>;
+    /// Causal attention of the queries over the cache of layer `index`.
+    fn attention(&mut self, index: usize, q: &Self::Buf, attn: &mut Self::Buf) -> Result<()>;
+    /// Moves the rows whose logits are wanted to the front; the operations that follow see no others.
+    fn keep_wanted(&mut self, attn: &mut Self::Buf, x: &mut Self::Buf) -> Result<()>;
+    /// `y = x · weightᵀ`.
+    fn matmul(&mut self, x: &Self::Buf, weight: &Self::Weight, y: &mut Self::Buf) -> Result<()>;
+    /// `mlp = silu(h · gateᵀ) ⊙ (h · upᵀ)`, gate and up one above the other in `gate_up`.
+    fn gate_up_silu(
+        &mut self,
+        h: &Self::Buf,
+        gate_up: &Self::Weight,
+        mlp: &mut Self::Buf,
+    ) -> Result<()>;
+    /// `h · headᵀ`, the ranks' vocabulary parts joined.
+    fn logits(&mut self, h: &Self::Buf, head: &Self::Weight, logits: &mut Self::Buf) -> Result<()>;
+    /// The most likely of the tokens `0..n_known` of each wanted row, found where the logits are, so that they need not be
+    /// moved; `None` where the backend leaves that to whoever has [`Backend::read_logits`].
+    fn most_likely(&mut self, _logits: &Self::Buf, _n_known: usize) -> Result<Option<Vec<Choice>>> {
+        Ok(None)
+    }
+    /// The logits on the host, `[S, vocab]`.
+    fn read_logits<'a>(&'a mut self, logits: &'a Self::Buf) -> Result<&'a [f32]>;
+}

@@ -1,0 +1,238 @@
+//! A plan as aligned text for a person.
+
+use super::{DeviceKind, Plan, RankBytes, RankPlan, Rate, Tiers, count, fold, runs};
+use std::fmt::{self, Write};
+use std::ops::Range;
+
+/// Up to this many ranks have a line each, with the ranges they hold; beyond, equal ranks share one.
+const MAX_LINES: usize = 8;
+
+type Row = Vec<String>;
+
+/// What ranks must have in common to share a line.
+type Alike = ([usize; 4], RankBytes, Tiers);
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}\n{}\n", self.model_line(), self.request_line())?;
+        let mut rows = vec![self.header()];
+        if self.ranks.len() <= MAX_LINES {
+            rows.extend(
+                self.ranks
+                    .iter()
+                    .map(|r| self.row(r, runs(&[r.shard.tp_rank]), range)),
+            );
+        } else {
+            let groups = fold(&self.ranks, alike);
+            rows.extend(groups.iter().map(|(_, members)| {
+                self.row(&self.ranks[members[0]], runs(members), |r| {
+                    r.len().to_string()
+                })
+            }));
+        }
+        f.write_str(&align(&rows))?;
+        writeln!(f, "\n{}\n{}", self.fit_line(), self.speed_line())?;
+        f.write_str(&self.rate_lines())
+    }
+}
+
+impl Plan {
+    fn model_line(&self) -> String {
+        let m = &self.model;
+        let name: String = self
+            .request
+            .name
+            .chars()
+            .map(|c| if c.is_control() { '?' } else { c })
+            .collect();
+        format!(
+            "{name}: {:.2} billion parameters in {}; {} of hidden {}, {} over {} of {}, intermediate {}, vocabulary {}{}",
+            self.parameters as f64 / 1e9,
+            self.request.dtype,
+            count(m.n_layers, "layer"),
+            m.hidden_size,
+            count(m.n_heads, "head"),
+            count(m.n_kv_heads, "KV head"),
+            m.head_dim,
+            m.intermediate_size,
+            m.vocab_size,
+            if m.tie_word_embeddings { " (tied)" } else { "" },
+        )
+    }
+
+    fn request_line(&self) -> String {
+        let r = &self.request;
+        let nodes = r.tp_size.div_ceil(r.ranks_per_node);
+        format!(
+            "{} on {}; {} of {}: {} of {}; steps of up to {}; sizes in GiB",
+            count(r.tp_size, &format!("{} rank", r.device)),
+            count(nodes, "node"),
+            count(r.max_seqs, "sequence"),
+            count(r.context, "token"),
+            count(self.n_kv_blocks, "KV block"),
+            self.kv_block_tokens,
+            count(self.max_step_tokens, "token"),
+        )
+    }
+
+    fn header(&self) -> Row {
+        let shard = ["rank", "heads", "KV heads", "intermediate", "vocabulary"];
+        let bytes = ["weights", "KV", "buffers", "total"];
+        let places: &[&str] = match self.request.device {
+            DeviceKind::Cpu => &["budget"],
+            DeviceKind::Cuda => &["budget", "on GPU", "on host", "in files"],
+        };
+        let all = shard.iter().chain(&bytes).chain(places).chain(&["fits"]);
+        all.map(|s| s.to_string()).collect()
+    }
+
+    fn row(&self, rank: &RankPlan, ranks: String, extent: impl Fn(&Range<usize>) -> String) -> Row {
+        let (s, b, t) = (&rank.shard, &rank.bytes, &rank.tiers);
+        let mut row = vec![ranks];
+        row.extend([&s.heads, &s.kv_heads, &s.intermediate, &s.vocab].map(extent));
+        row.extend([b.weights, b.kv, b.activations, b.total].map(gib));
+        match self.request.device {
+            DeviceKind::Cpu => row.push(limit(rank.budget.host)),
+            DeviceKind::Cuda => {
+                row.push(limit(rank.budget.device));
+                row.extend([t.device, t.host, t.file].map(gib));
+            }
+        }
+        row.push(if rank.fits { "yes" } else { "no" }.to_owned());
+        row
+    }
+
+    fn fit_line(&self) -> String {
+        let sum = |of: fn(&Tiers) -> u64| -> f64 {
+            self.ranks.iter().map(|r| of(&r.tiers) as f64).sum::<f64>() / GIB
+        };
+        let place = match self.request.device {
+            DeviceKind::Cpu => "host memory",
+            DeviceKind::Cuda => "GPU memory",
+        };
+        if self.ranks.iter().all(|r| r.fits) {
+            return format!(
+                "all in {place}: {:.2} GiB over all ranks",
+                sum(|t| t.device) + sum(|t| t.host)
+            );
+        }
+        let mut line = format!(
+            "not all in {place}: {:.2} GiB lie in host memory",
+            sum(|t| t.host)
+        );
+        if let Some(host) = self.request.host_memory {
+            let _ = write!(line, " (budget {} a node)", super::bytes::format(host));
+        }
+        if sum(|t| t.file) > 0.0 {
+            let _ = write!(
+                line,
+                ", {:.2} GiB are read from files in every step",
+                sum(|t| t.file)
+            );
+        }
+        line
+    }
+
+    fn speed_line(&self) -> String {
+        let p = &self.predicted;
+        format!(
+            "predicted: first token of a {}-token prompt after {} (mostly {}), then {} a step, {} tokens/s (mostly {})",
+            p.prompt_tokens,
+            seconds(p.ttft_s),
+            p.ttft_bound,
+            seconds(p.tpot_s),
+            significant(p.tokens_per_s),
+            p.tpot_bound,
+        )
+    }
+
+    fn rate_lines(&self) -> String {
+        let rates = self.request.rates.of(self.request.device);
+        let list = |measured: bool| {
+            let rates = rates.iter().filter(|(_, r, _)| r.measured == measured);
+            let text = |(name, Rate { value, .. }, unit): &(&str, Rate, &str)| {
+                format!("{name} {} {unit}", significant(*value))
+            };
+            rates.map(text).collect::<Vec<_>>().join(", ")
+        };
+        let mut lines = String::new();
+        let (assumed, measured) = (list(false), list(true));
+        if !assumed.is_empty() {
+            let _ = writeln!(
+                lines,
+                "assumed, not measured ({}): {assumed}",
+                self.request.rates.assumed_for
+            );
+        }
+        if !measured.is_empty() {
+            let _ = writeln!(lines, "measured: {measured}");
+        }
+        lines
+    }
+}
+
+fn alike(rank: &RankPlan) -> Alike {
+    let s = &rank.shard;
+    let sizes = [&s.heads, &s.kv_heads, &s.intermediate, &s.vocab].map(|r| r.len());
+    (sizes, rank.bytes, rank.tiers)
+}
+
+fn range(r: &Range<usize>) -> String {
+    if r.is_empty() {
+        return "none".to_owned();
+    }
+    format!("{}..{}", r.start, r.end)
+}
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2}", bytes as f64 / GIB)
+}
+
+fn limit(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "none".to_owned(), gib)
+}
+
+fn seconds(s: f64) -> String {
+    if s < 1.0 {
+        format!("{} ms", significant(s * 1e3))
+    } else {
+        format!("{} s", significant(s))
+    }
+}
+
+/// Three digits of a prediction are more than it is worth.
+fn significant(x: f64) -> String {
+    match x {
+        x if x >= 100.0 => format!("{x:.0}"),
+        x if x >= 10.0 => format!("{x:.1}"),
+        _ => format!("{x:.2}"),
+    }
+}
+
+/// Right-aligned columns two spaces apart; the first is left-aligned.
+fn align(rows: &[Row]) -> String {
+    let n_columns = rows.first().map_or(0, Vec::len);
+    let widths: Vec<usize> = (0..n_columns)
+        .map(|c| {
+            rows.iter()
+                .map(|row| row[c].chars().count())
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (c, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            let _ = match c {
+                0 => write!(line, "{cell:<width$}"),
+                _ => write!(line, "  {cell:>width$}"),
+            };
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
