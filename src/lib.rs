@@ -9,6 +9,7 @@
 //! | [`world`] | who am I among the ranks, how do we meet, how do we end together |
 //! | [`plan`] | what each rank will do: shards, bytes, predicted speed; pure |
 //! | [`weights`] | safetensors headers → this rank's byte ranges → their final place |
+//! | [`cpu`] | the CPU backend: thread pool, kernels by run-time dispatch |
 //! | [`comm`] | what the ranks say to each other in a forward pass |
 //! | [`model`] | the one forward pass, over any backend, and the paged KV cache |
 //! | [`text`] | tokenizer, chat template, streamed detokenization, stop strings |
@@ -17,6 +18,7 @@
 
 pub mod comm;
 pub mod config;
+pub mod cpu;
 pub mod error;
 pub mod model;
 pub mod plan;

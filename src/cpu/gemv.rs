@@ -1,0 +1,200 @@
+//! `y = x · Wᵀ` for a few rows of `x`: a stream of the weights from memory, each read once.
+//!
+//! A thread takes a contiguous range of weight rows and goes through it in chunks that stay in its L2 cache, so that
+//! further groups of up to four rows of `x` find the chunk there.
+
+use super::gemm::Epilogue;
+use super::isa::Kernel;
+use super::pool::{Shards, piece};
+use super::simd::{Element, SiluMul, Simd, load_first, zip};
+use super::{Matrix, Pool};
+use crate::weights::Dtype;
+use half::{bf16, f16};
+
+/// Most weight rows in a chunk, and most bytes.
+const CHUNK_ROWS: usize = 128;
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// Runs the product over the first `n` rows of `w` (and, for SwiGLU, the `n` after them).
+pub(super) fn gemv(
+    pool: &Pool,
+    x: &[f32],
+    m: usize,
+    w: Matrix<'_>,
+    n: usize,
+    epilogue: Epilogue<'_>,
+    y: &mut [f32],
+) {
+    let y = Shards::new(y);
+    let isa = pool.isa();
+    pool.run(|tid, threads| {
+        isa.dispatch(Rows {
+            x,
+            m,
+            w,
+            n,
+            epilogue,
+            range: piece(n, tid, threads),
+            y: &y,
+        });
+    });
+}
+
+/// One thread's output features, `range` of `n`.
+struct Rows<'a> {
+    x: &'a [f32],
+    m: usize,
+    w: Matrix<'a>,
+    n: usize,
+    epilogue: Epilogue<'a>,
+    range: std::ops::Range<usize>,
+    y: &'a Shards<f32>,
+}
+
+impl Kernel for Rows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        match self.w.dtype {
+            Dtype::Bf16 => self.rows::<S, bf16>(s),
+            Dtype::F16 => self.rows::<S, f16>(s),
+            Dtype::F32 => self.rows::<S, f32>(s),
+        }
+    }
+}
+
+impl Rows<'_> {
+    #[inline(always)]
+    fn rows<S: Simd, T: Element>(&self, s: S) {
+        let w: *const T = self.w.elements();
+        let row_bytes = (self.w.cols * size_of::<T>()).max(1);
+        let step = (CHUNK_BYTES / row_bytes).clamp(4, CHUNK_ROWS);
+        for start in self.range.clone().step_by(step) {
+            let rows = step.min(self.range.end - start);
+            let mut token = 0;
+            while token < self.m {
+                token += match self.m - token {
+                    4.. => self.chunk::<S, T, 4>(s, w, start, rows, token),
+                    2.. => self.chunk::<S, T, 2>(s, w, start, rows, token),
+                    _ => self.chunk::<S, T, 1>(s, w, start, rows, token),
+                };
+            }
+        }
+    }
+
+    /// Output features `start..start + rows` of the tokens `token..token + M`.
+    #[inline(always)]
+    fn chunk<S: Simd, T: Element, const M: usize>(
+        &self,
+        s: S,
+        w: *const T,
+        start: usize,
+        rows: usize,
+        token: usize,
+    ) -> usize {
+        let mut sums = [[[0.0; CHUNK_ROWS]; M]; 2];
+        let halves = self.epilogue.halves();
+        for (half, sums) in sums.iter_mut().take(halves).enumerate() {
+            self.dots::<S, T, M>(s, w, half * self.n + start, rows, token, sums);
+        }
+        let [first, second] = &sums;
+        for i in 0..M {
+            // SAFETY: `start..start + rows` of any token is this thread's alone.
+            let y = unsafe { self.y.part((token + i) * self.n + start, rows) };
+            match self.epilogue {
+                Epilogue::SiluMul => zip(s, &first[i][..rows], &second[i][..rows], y, SiluMul),
+                Epilogue::Bias(None) => y.copy_from_slice(&first[i][..rows]),
+                Epilogue::Bias(Some(bias)) => {
+                    for (r, y) in y.iter_mut().enumerate() {
+                        *y = first[i][r] + bias[start + r];
+                    }
+                }
+            }
+        }
+        M
+    }
+
+    /// `out[i][r] = x[token + i] · w[start + r]`.
+    #[inline(always)]
+    fn dots<S: Simd, T: Element, const M: usize>(
+        &self,
+        s: S,
+        w: *const T,
+        start: usize,
+        rows: usize,
+        token: usize,
+        out: &mut [[f32; CHUNK_ROWS]; M],
+    ) {
+        let k = self.w.cols;
+        let x = &self.x[token * k..(token + M) * k];
+        // Four streams, each through a quarter of the chunk: hardware prefetchers follow a few long streams, and lose those
+        // that end with every row.
+        let quarter = rows / 4;
+        // SAFETY: rows `start..start + rows` of `w` exist, each of `k` elements; `x` has `M` rows of `k`.
+        unsafe {
+            let w = w.add(start * k);
+            for r in 0..quarter {
+                let sums = dot_rows::<S, T, 4, M>(s, w.add(r * k), quarter * k, x.as_ptr(), k);
+                for (j, sums) in sums.iter().enumerate() {
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        out[r + j * quarter] = *sum;
+                    }
+                }
+            }
+            for r in 4 * quarter..rows {
+                let sums = dot_rows::<S, T, 1, M>(s, w.add(r * k), 0, x.as_ptr(), k);
+                for (out, sum) in out.iter_mut().zip(sums[0]) {
+                    out[r] = sum;
+                }
+            }
+        }
+    }
+}
+
+/// The dot products of `R` weight rows, `w_row` elements apart, with `M` rows of `x`.
+///
+/// # Safety
+/// `w` is valid for `R` such rows of `k` elements, `x` for `M`.
+#[inline(always)]
+unsafe fn dot_rows<S: Simd, T: Element, const R: usize, const M: usize>(
+    s: S,
+    w: *const T,
+    w_row: usize,
+    x: *const f32,
+    k: usize,
+) -> [[f32; M]; R] {
+    let mut acc = [[s.zero(); M]; R];
+    let rest = k % S::LANES;
+    // SAFETY: the caller's promise; `i` stays below `k - rest`, and `rest` elements remain after it.
+    unsafe {
+        for i in (0..k - rest).step_by(S::LANES) {
+            let mut xv = [s.zero(); M];
+            for (j, xv) in xv.iter_mut().enumerate() {
+                *xv = s.load(x.add(j.wrapping_mul(k)).add(i));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let wv = T::load(s, w.add(r.wrapping_mul(w_row)).add(i));
+                for (acc, xv) in acc.iter_mut().zip(xv) {
+                    *acc = s.fma(wv, xv, *acc);
+                }
+            }
+        }
+        if rest > 0 {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let wv = load_first(s, w.add(r * w_row + k - rest), rest);
+                for (j, acc) in acc.iter_mut().enumerate() {
+                    let xv = s.load_first(x.add(j * k + k - rest), rest);
+                    *acc = s.fma(wv, xv, *acc);
+                }
+            }
+        }
+    }
+    let mut sums = [[0.0; M]; R];
+    for (sums, acc) in sums.iter_mut().zip(acc) {
+        for (sum, acc) in sums.iter_mut().zip(acc) {
+            *sum = s.sum(acc);
+        }
+    }
+    sums
+}
