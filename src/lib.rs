@@ -12,6 +12,7 @@
 //! | [`cpu`] | the CPU backend: thread pool, kernels by run-time dispatch |
 //! | [`comm`] | what the ranks say to each other in a forward pass |
 //! | [`model`] | the one forward pass, over any backend, and the paged KV cache |
+//! | [`engine`] | schedule → forward → sample → emit |
 //! | [`text`] | tokenizer, chat template, streamed detokenization, stop strings |
 //! | [`error`] | the one error type |
 #![warn(missing_docs)]
@@ -19,6 +20,7 @@
 pub mod comm;
 pub mod config;
 pub mod cpu;
+pub mod engine;
 pub mod error;
 pub mod model;
 pub mod plan;

@@ -1,0 +1,309 @@
+//! Rank 0's decisions: which sequences run, and how many of their tokens the next step takes.
+//!
+//! Decode tokens go first, so that running answers never wait for a long prompt; what is left of the step is filled
+//! with chunks of prompts, oldest first. A sequence is admitted when blocks for its prompt and its longest allowed
+//! answer are free, so a running sequence can never be without room.
+
+use super::protocol::{Entry, NewSequence, SeqId, StepPlan};
+use super::replica::Sampled;
+use super::sampler::SamplingParams;
+use crate::model::{BlockPool, KV_BLOCK};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::collections::VecDeque;
+
+/// What a user asks for, in tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The prompt; not empty.
+    pub prompt: Vec<u32>,
+    /// The longest answer; at least 1.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Tokens that end the answer.
+    pub stop_tokens: Vec<u32>,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FinishReason {
+    /// A stop token, or a stop string.
+    Stop,
+    /// `max_tokens` reached.
+    Length,
+}
+
+/// A new token of a sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Whose token.
+    pub id: SeqId,
+    /// Which token.
+    pub token: u32,
+    /// Its log-probability under the model.
+    pub logprob: f32,
+    /// Set on the last one.
+    pub finish: Option<FinishReason>,
+}
+
+#[derive(Debug)]
+struct Running {
+    id: SeqId,
+    request: Request,
+    blocks: Vec<u32>,
+    /// Prompt tokens already computed or planned.
+    prefilled: usize,
+    generated: usize,
+}
+
+/// Rank 0's queue and running set.
+#[derive(Debug)]
+pub struct Scheduler {
+    pool: BlockPool,
+    max_step_tokens: usize,
+    max_seqs: usize,
+    context: usize,
+    waiting: VecDeque<(SeqId, Request)>,
+    running: Vec<Running>,
+    dropped: Vec<SeqId>,
+    next_id: SeqId,
+}
+
+impl Scheduler {
+    /// `context` limits prompt and answer together; a step takes at most `max_step_tokens` of at most `max_seqs`.
+    pub fn new(n_blocks: usize, max_step_tokens: usize, max_seqs: usize, context: usize) -> Self {
+        Scheduler {
+            pool: BlockPool::new(n_blocks),
+            max_step_tokens,
+            max_seqs: max_seqs.min(max_step_tokens),
+            context,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            dropped: Vec::new(),
+            next_id: 0,
+        }
+    }
+
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// An empty prompt, one that does not fit the context, or a request larger than the whole cache.
+    pub fn submit(&mut self, request: Request) -> Result<SeqId> {
+        let (prompt, answer) = (request.prompt.len(), request.max_tokens);
+        if prompt == 0 {
+            return Err(Error::failed(
+                "the prompt is empty: give at least one token",
+            ));
+        }
+        if answer == 0 {
+            return Err(Error::usage("--max-tokens 0: at least 1"));
+        }
+        let total = prompt.saturating_add(answer);
+        if total > self.context {
+            return Err(Error::failed(format!(
+                "the prompt's {prompt} tokens and --max-tokens {answer} make {total}, over the context of {}",
+                self.context
+            )));
+        }
+        if BlockPool::blocks_for(total) > self.pool.total() {
+            return Err(Error::failed(format!(
+                "the prompt's {prompt} tokens and --max-tokens {answer} need {total} cache entries of the {} there are",
+                self.pool.total() * KV_BLOCK
+            )));
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.waiting.push_back((id, request));
+        Ok(id)
+    }
+
+    /// Ends a sequence, wherever it is.
+    pub fn cancel(&mut self, id: SeqId) {
+        self.waiting.retain(|w| w.0 != id);
+        if let Some(at) = self.running.iter().position(|r| r.id == id) {
+            self.retire(at);
+        }
+    }
+
+    /// Longest sequence, prompt and answer together.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Whether any request is queued or running.
+    pub fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || !self.running.is_empty()
+    }
+
+    /// Decides the next step.
+    pub fn next_step(&mut self) -> StepPlan {
+        let admitted = self.admit();
+        let mut room = self.max_step_tokens;
+        let mut entries = Vec::new();
+        let in_prefill = |r: &Running| r.prefilled < r.request.prompt.len();
+        for r in self.running.iter().filter(|r| !in_prefill(r)) {
+            entries.push(Entry {
+                id: r.id,
+                n_tokens: 1,
+            });
+            room -= 1;
+        }
+        for r in self.running.iter_mut().filter(|r| in_prefill(r)) {
+            let n = room.min(r.request.prompt.len() - r.prefilled);
+            if n == 0 {
+                break;
+            }
+            entries.push(Entry {
+                id: r.id,
+                n_tokens: n as u32,
+            });
+            r.prefilled += n;
+            room -= n;
+        }
+        StepPlan {
+            dropped: std::mem::take(&mut self.dropped),
+            admitted,
+            entries,
+        }
+    }
+
+    /// Takes in what a step produced.
+    pub fn record(&mut self, sampled: &[Sampled]) -> Vec<Event> {
+        let mut events = Vec::with_capacity(sampled.len());
+        for s in sampled {
+            let Some(at) = self.running.iter().position(|r| r.id == s.id) else {
+                continue;
+            };
+            let r = &mut self.running[at];
+            r.generated += 1;
+            let finish = if r.request.stop_tokens.contains(&s.token) {
+                Some(FinishReason::Stop)
+            } else if r.generated == r.request.max_tokens {
+                Some(FinishReason::Length)
+            } else {
+                None
+            };
+            if finish.is_some() {
+                self.retire(at);
+            }
+            events.push(Event {
+                id: s.id,
+                token: s.token,
+                logprob: s.logprob,
+                finish,
+            });
+        }
+        events
+    }
+
+    fn admit(&mut self) -> Vec<NewSequence> {
+        let mut admitted = Vec::new();
+        while self.running.len() < self.max_seqs
+            && let Some((_, request)) = self.waiting.front()
+            && let Some(blocks) = self.pool.take(BlockPool::blocks_for(
+                request.prompt.len() + request.max_tokens,
+            ))
+            && let Some((id, request)) = self.waiting.pop_front()
+        {
+            admitted.push(NewSequence {
+                id,
+                prompt: request.prompt.clone(),
+                sampling: request.sampling.clone(),
+                blocks: blocks.clone(),
+            });
+            self.running.push(Running {
+                id,
+                request,
+                blocks,
+                prefilled: 0,
+                generated: 0,
+            });
+        }
+        admitted
+    }
+
+    fn retire(&mut self, at: usize) {
+        let r = self.running.remove(at);
+        self.pool.give_back(r.blocks);
+        self.dropped.push(r.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(prompt: usize, max_tokens: usize) -> Request {
+        let sampling = SamplingParams::greedy();
+        Request {
+            prompt: vec![1; prompt],
+            max_tokens,
+            sampling,
+            stop_tokens: vec![9],
+        }
+    }
+
+    fn entries(plan: &StepPlan) -> Vec<(SeqId, u32)> {
+        plan.entries.iter().map(|e| (e.id, e.n_tokens)).collect()
+    }
+
+    fn token(id: SeqId, token: u32) -> Sampled {
+        Sampled {
+            id,
+            token,
+            logprob: 0.0,
+        }
+    }
+
+    #[test]
+    fn decode_goes_first_and_prompts_fill_the_rest() {
+        let mut s = Scheduler::new(100, 10, 4, 1000);
+        let a = s.submit(request(4, 8)).unwrap();
+        assert_eq!(entries(&s.next_step()), [(a, 4)]);
+        s.record(&[token(a, 5)]);
+        let b = s.submit(request(25, 2)).unwrap();
+        assert_eq!(entries(&s.next_step()), [(a, 1), (b, 9)]);
+        s.record(&[token(a, 5)]);
+        assert_eq!(entries(&s.next_step()), [(a, 1), (b, 9)]);
+        let last = s.record(&[token(a, 9)]);
+        assert_eq!(last[0].finish, Some(FinishReason::Stop));
+        let plan = s.next_step();
+        assert_eq!(
+            (plan.dropped.clone(), entries(&plan)),
+            (vec![a], vec![(b, 7)])
+        );
+        s.record(&[token(b, 5)]);
+        s.next_step();
+        assert_eq!(
+            s.record(&[token(b, 5)])[0].finish,
+            Some(FinishReason::Length)
+        );
+        assert!(!s.has_work());
+        assert_eq!(s.pool.free(), 100);
+    }
+
+    #[test]
+    fn a_request_waits_until_all_its_blocks_are_free() {
+        let mut s = Scheduler::new(4, 64, 4, 64);
+        let a = s.submit(request(30, 10)).unwrap();
+        let b = s.submit(request(20, 10)).unwrap();
+        assert_eq!(entries(&s.next_step()), [(a, 30)]);
+        s.record(&[token(a, 1)]);
+        assert_eq!(entries(&s.next_step()), [(a, 1)]);
+        s.cancel(a);
+        assert_eq!(entries(&s.next_step()), [(b, 20)]);
+    }
+
+    #[test]
+    fn requests_that_can_never_run_are_refused_with_the_numbers() {
+        let mut s = Scheduler::new(4, 64, 4, 100);
+        let refused = |s: &mut Scheduler, p, m| s.submit(request(p, m)).unwrap_err().to_string();
+        assert!(refused(&mut s, 0, 5).contains("empty"));
+        assert!(refused(&mut s, 5, 0).contains("--max-tokens 0"));
+        assert!(refused(&mut s, 90, 11).contains("make 101, over the context of 100"));
+        assert!(refused(&mut s, 60, 20).contains("need 80 cache entries of the 64"));
+        assert!(refused(&mut s, 5, usize::MAX).contains("over the context"));
+    }
+}
