@@ -1,0 +1,28 @@
+// Vocabulary-parallel embedding: the rows of this rank's part of the table, as f32; zeros for tokens of other ranks' rows, so
+// that the sum over ranks is the embedding.
+//
+//   embed(table bf16 [n_rows, hidden], tokens u32 [n_tokens], x f32 [n_tokens, hidden], hidden, first_row, n_rows)
+//     grid (n_tokens), block any number of warps (128). Token id t is row t - first_row of `table`.
+//     hidden % 8 == 0. Reads the named rows, writes all of x.
+//
+// Numerics: exact.
+#include "common.cuh"
+
+extern "C" __global__ void embed(const bf16* table, const u32* tokens, float* x, int hidden, u32 first_row, u32 n_rows) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    // Unsigned: a token below first_row wraps to a number above n_rows.
+    u32 row = load(tokens + blockIdx.x) - first_row;
+    bool here = row < n_rows;
+    const bf16* from = table + static_cast<u64>(here ? row : 0) * hidden;
+    float* to = x + static_cast<u64>(blockIdx.x) * hidden;
+    for (int i = static_cast<int>(threadIdx.x) * 8; i < hidden; i += static_cast<int>(blockDim.x) * 8) {
+        Vec16 v = here ? load16(from + i) : zero16();
+        Vec16 first{{v.w[0] << 16, v.w[0] & 0xffff0000u, v.w[1] << 16, v.w[1] & 0xffff0000u}};
+        Vec16 second{{v.w[2] << 16, v.w[2] & 0xffff0000u, v.w[3] << 16, v.w[3] & 0xffff0000u}};
+        store16(to + i, first);
+        store16(to + i + 4, second);
+    }
+}
+
+KERNELS(embed)

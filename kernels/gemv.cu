@@ -1,0 +1,272 @@
+// Products of a weight matrix with 1 to 8 rows: y = x · wᵀ, the work of a decode step. Bound by reading w once.
+//
+//   gemv_bf16(w bf16 [n, k], x bf16 [m, ldx], bias bf16 [n] or null, y bf16 [m, ldy], m, n, k, ldx, ldy)
+//   gemv_f32 (…, y f32 [m, ldy], …)                       the vocabulary's head: logits
+//   gemv_gate_up_silu(w bf16 [2 · inter, k] (gate rows, then up rows), x, y bf16 [m, ldy], m, inter, k, ldx, ldy)
+//                                                         y = silu(x · gateᵀ) · (x · upᵀ)
+//   gemv_qkv_rope(w bf16 [(n_heads + 2 · n_kv_heads) · head_dim, k], x, bias of w's rows or null, inv_freq f32 [head_dim / 2],
+//                 rope_scale, positions u32 [m], slots u32 [m], q bf16 [m, n_heads · head_dim],
+//                 k_cache, v_cache bf16 [n_blocks, n_kv_heads, 16, head_dim], m, n_heads, n_kv_heads, head_dim, k, ldx)
+//                                                         q and k rotated, k and v in the cache (models without head norms)
+//     1 ≤ m ≤ 8; k % 8 == 0, ldx % 8 == 0; rows of w and x 16-byte aligned; head_dim % 16 == 0; n, inter any.
+//     grid and block: `tiles` = ceil(n / 16), or ceil(inter / 8), or heads · head_dim / 16; see launch rule below. Any grid ≥ 1 and any
+//     block of 1 to 16 warps is right; grid.x blocks walk over the tiles, the warps of a block cut k among them.
+//
+// Launch rule: the kernel uses at most 128 registers a thread, so 16 warps share a multiprocessor, as 16 × 1, 8 × 2 or 4 × 4 (warps of
+// a block × blocks). For each, grid = tiles / ceil(tiles / (sms · blocks)) rounded up: every block has the same number of tiles, in as
+// few rounds as there are. Take the one whose fullest multiprocessor has the fewest tiles, rounds · ceil(grid / sms); among equals 8 × 2,
+// then 16 × 1, then 4 × 4, but 16 × 1 first where tiles ≤ sms. More warps than ceil(k / 256) have nothing to do: leave those out (4 × 4
+// always stays in). tests/kernels/cases.py has it as code.
+//
+// How it works. A tensor-core product m16n8k16 takes 16 rows of w against 8 rows of x, so the arithmetic costs next to nothing for any
+// m ≤ 8 and each warp is a machine for loading: per step it holds a 16 × 64 piece of w in registers, STAGES steps ahead. The
+// sum over k does not care about the order of k, so a lane loads 16 consecutive bytes (8 k) of its row straight into what the
+// product's fragments want: no shared memory on the way. Steps run on across tiles, so the loads never drain; the first ones
+// leave before the kernel in front has ended (weights do not depend on it). Rows of a tile need not be neighbours: gate row i
+// sits 8 rows above up row i, element i of a head above element i + head_dim / 2, so that the same lane ends up
+// with both and SiLU and rotation happen in registers.
+//
+// Numerics: products exact, sums in f32 (tensor core within a step, then the warps' sums in order), one rounding at the end. The order
+// depends on k and the number of warps alone: not on m, not on the other rows.
+//
+// Measured on an H200 (132 multiprocessors, driver 580, CUDA 13.0), 2026-11-23, tests/kernels/bench.py: chains of launches in a graph over
+// weights of 0.6 GB and more, overlap on, m = 1. Floor: bytes over 4.34 TB/s, the read rate of that day's first three measurements
+// (two later ones gave 4.53). cuBLAS through torch.mm in the same run.
+//     n × k, launch            MB   µs (of floor)  cuBLAS    |  n × k, launch             MB   µs (of floor)  cuBLAS
+//     4608×3584    16 × 1    33.0   10.4   73%    12.8       |  5120×8192    16 × 1     83.9   23.4   83%    26.6
+//     3584×3584     8 × 2    25.7    7.7   76%    11.6       |  8192×4096     8 × 2     67.1   17.8   87%    19.1
+//     37888×3584    8 × 2   271.6   64.9   96%    76.5       |  29568×8192    8 × 2    484.4  116.3   96%   130.2
+//     3584×18944    8 × 2   135.8   35.8   87%    38.9       |  8192×14784    8 × 2    242.2   59.1   95%    64.7
+//     152064×3584   8 × 2  1090.0  251.0  100%   281.9       |  76032×8192    8 × 2   1245.7  289.0   99%   321.4
+//     2304×3584     8 × 2    16.5    6.4   60%     9.3       |  9728×896      4 × 4     17.4    6.5   62%     7.3
+//     3584×1792     8 × 2    12.8    4.7   63%     6.3       |  896×4864     16 × 1      8.7    4.6   44%     7.8
+//     18944×3584   16 × 1   135.8   34.2   92%    37.8       |
+//     3584×9472     8 × 2    67.9   17.9   87%    21.5       |
+// (37888, 29568, 18944 and 9728 rows: gate·up with SiLU.) A whole decode step of the 7B shape at context 1024, 8 × 2 throughout: 3747 µs,
+// 87% of its floor; half of it (two ranks, without all-reduce) 2072 µs, 79%; half of 72B 18.1 ms, 91%.
+//
+// Tried:
+//   * L2 hint of the loads, with the first rule, expected nothing: 128B 87 to 99% of the floor at the shapes above 100 MB, 256B 84 to 96%,
+//     none 79 to 88%.
+//   * STAGES 2, 3, 4, with the first rule: within 4% at the large shapes, 4 up to 10% ahead at the smallest.
+//   * 4 × 4 for everything above 264 tiles (the first rule): 5% slower than 8 × 2 from 2000 tiles on, up to 15% slower between 144 and 288,
+//     even at 320, 5% faster at 512.
+//   * half the registers left free for the next kernel (8 × 1, 4 × 2), expected a head start for it: 0 to 30% slower in chains, whole steps 12%
+//     (7B), 24% (half of it) and 51% (half of 72B) slower; too few loads in flight explains the first; for the last only
+//     a guess: blocks that start early gather on the multiprocessors that are free first, two on one and none on another.
+//   * prefetch.global.L2 8 or 16 steps ahead of the registers, expected to cover the gaps between kernels: 10 to 55% slower. Counted
+//     afterwards: 16 warps × 8 steps × 2 KiB × 132 are 35 MB, too much of the L2 to survive until it is used.
+//   * overlap (programmatic launch) off: 3% slower for the 7B step and half of 72B, 11% for half of 7B (with the first rule).
+//   m = 2, 4, 8, with the first rule and the 256B hint: within 9% of m = 1, 17% at the smallest shapes. cuBLAS is then ahead at 4608×3584
+//   (11.3 against 12.5 µs) and 5120×8192 (27 against 28), and from m = 4 at 29568×8192 (115 against 121) and the heads (by up to 3%); not
+//   measured again since.
+#include "common.cuh"
+#include "rope.cuh"
+
+#ifndef GEMV_STAGES
+#define GEMV_STAGES 4
+#endif
+constexpr int STAGES = GEMV_STAGES;
+constexpr int STEP = 64;  // k of a warp's step
+constexpr int MAX_WARPS = 16;
+
+// Walks over (tile, step) in the order of the computation; `low` and `high` are this lane's rows g and g + 8 of the tile.
+template <class Rows>
+struct Cursor {
+    const Rows& rows;
+    int tile, step;
+    const bf16 *low, *high;
+
+    __device__ __forceinline__ Cursor(const Rows& r, int n_tiles) : rows(r), tile(static_cast<int>(blockIdx.x)), step(0) { enter(n_tiles); }
+    __device__ __forceinline__ void enter(int n_tiles) {
+        low = high = nullptr;
+        if (tile < n_tiles) rows.pointers(tile, lane_id() / 4, low, high);
+    }
+    __device__ __forceinline__ void advance(int steps, int n_tiles) {
+        if (++step < steps) return;
+        step = 0;
+        tile += static_cast<int>(gridDim.x);
+        enter(n_tiles);
+    }
+};
+
+struct Piece {
+    Vec16 low[2], high[2];  // k 0-31 and 32-63 of the step
+};
+struct XPiece {
+    Vec16 half[2];
+};
+
+template <class Rows>
+__device__ __forceinline__ void gemv(const Rows& rows, const bf16* x, int m, int k, int ldx, int n_tiles) {
+    SHARED(Vec16, sums, 2 * MAX_WARPS * 32);
+    const int lane = lane_id(), warp = warp_id(), n_warps = static_cast<int>(blockDim.x) / 32;
+    // Whole rounds of the stages, so that a tile ends where a round ends; steps beyond k load nothing and add zeros.
+    const int steps = div_up(div_up(k, STEP), n_warps * STAGES) * STAGES;
+    const int my_k = lane % 4 * 8, x_row = lane / 4;
+    const bf16* my_x = x_row < m ? x + static_cast<u64>(x_row) * ldx : nullptr;
+
+    Piece w[STAGES];
+    XPiece xs[STAGES];
+    Cursor<Rows> ahead(rows, n_tiles);
+    auto load_w = [&](Piece& piece) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int at = (ahead.step * n_warps + warp) * STEP + h * 32 + my_k;
+            piece.low[h] = at < k && ahead.low ? load_stream(ahead.low + at) : zero16();
+            piece.high[h] = at < k && ahead.high ? load_stream(ahead.high + at) : zero16();
+        }
+        ahead.advance(steps, n_tiles);
+    };
+    int x_step = 0;
+    auto load_x = [&](XPiece& piece) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int at = (x_step * n_warps + warp) * STEP + h * 32 + my_k;
+            piece.half[h] = at < k && my_x ? load16(my_x + at) : zero16();
+        }
+        if (++x_step == steps) x_step = 0;
+    };
+
+    let_next_kernel_start();
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) load_w(w[s]);
+    wait_for_previous_kernel();
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) load_x(xs[s]);
+
+    int parity = 0;
+    for (int tile = static_cast<int>(blockIdx.x); tile < n_tiles; tile += static_cast<int>(gridDim.x), parity ^= 1) {
+        float acc[4] = {};
+        for (int step = 0; step < steps; step += STAGES) {
+#pragma unroll
+            for (int s = 0; s < STAGES; ++s) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                    for (int i = 0; i < 4; i += 2)
+                        mma_bf16(acc, w[s].low[h].w[i], w[s].high[h].w[i], w[s].low[h].w[i + 1], w[s].high[h].w[i + 1], xs[s].half[h].w[i],
+                                 xs[s].half[h].w[i + 1]);
+                load_w(w[s]);
+                load_x(xs[s]);
+            }
+        }
+        // One warp adds up all warps' sums. Two buffers and one barrier a tile: the others need not wait for it.
+        auto buffer = sums + parity * MAX_WARPS * 32;
+        buffer[warp * 32 + lane] = Vec16{{float_to_bits(acc[0]), float_to_bits(acc[1]), float_to_bits(acc[2]), float_to_bits(acc[3])}};
+        __syncthreads();
+        if (warp != tile / static_cast<int>(gridDim.x) % n_warps) continue;
+        float sum[4] = {};
+        for (int other = 0; other < n_warps; ++other) {
+            Vec16 v = buffer[other * 32 + lane];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] += bits_to_float(v.w[i]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            if (lane % 4 * 2 + j < m) rows.finish(tile, lane / 4, lane % 4 * 2 + j, sum[j], sum[2 + j]);
+    }
+}
+
+__device__ __forceinline__ void put(bf16* p, float v) {
+    store(p, to_bf16(v));
+}
+__device__ __forceinline__ void put(float* p, float v) {
+    store(p, v);
+}
+
+// 16 neighbouring rows a tile.
+template <class Out>
+struct PlainRows {
+    const bf16 *w, *bias;
+    Out* y;
+    int n, k, ldy;
+
+    __device__ __forceinline__ void pointers(int tile, int g, const bf16*& low, const bf16*& high) const {
+        int row = tile * 16 + g;
+        if (row < n) low = w + static_cast<u64>(row) * k;
+        if (row + 8 < n) high = w + static_cast<u64>(row + 8) * k;
+    }
+    __device__ __forceinline__ void finish(int tile, int g, int token, float low, float high) const {
+        int row = tile * 16 + g;
+        Out* to = y + static_cast<u64>(token) * ldy + row;
+        if (row < n) put(to, bias ? low + to_float(load(bias + row)) : low);
+        if (row + 8 < n) put(to + 8, bias ? high + to_float(load(bias + row + 8)) : high);
+    }
+};
+
+// 8 gate rows over their 8 up rows.
+struct GateUpRows {
+    const bf16* w;
+    bf16* y;
+    int inter, k, ldy;
+
+    __device__ __forceinline__ void pointers(int tile, int g, const bf16*& low, const bf16*& high) const {
+        int row = tile * 8 + g;
+        if (row >= inter) return;
+        low = w + static_cast<u64>(row) * k;
+        high = w + static_cast<u64>(inter + row) * k;
+    }
+    __device__ __forceinline__ void finish(int tile, int g, int token, float gate, float up) const {
+        int row = tile * 8 + g;
+        if (row < inter) put(y + static_cast<u64>(token) * ldy + row, silu(gate) * up);
+    }
+};
+
+// 8 elements of a head's first half over their partners in the second.
+struct QkvRows {
+    const bf16 *w, *bias;
+    const float* inv_freq;
+    float rope_scale;
+    const u32 *positions, *slots;
+    bf16 *q, *k_cache, *v_cache;
+    int n_heads, n_kv_heads, head_dim, k;
+
+    __device__ __forceinline__ int first_row(int tile, int g) const {
+        int per_head = head_dim / 16;
+        return tile / per_head * head_dim + tile % per_head * 8 + g;
+    }
+    __device__ __forceinline__ void pointers(int tile, int g, const bf16*& low, const bf16*& high) const {
+        low = w + static_cast<u64>(first_row(tile, g)) * k;
+        high = low + static_cast<u64>(head_dim / 2) * k;
+    }
+    __device__ __forceinline__ void finish(int tile, int g, int token, float low, float high) const {
+        const int row = first_row(tile, g), head = row / head_dim, i = row % head_dim, half = head_dim / 2;
+        if (bias) {
+            low += to_float(load(bias + row));
+            high += to_float(load(bias + row + half));
+        }
+        const bool is_q = head < n_heads, is_v = head >= n_heads + n_kv_heads;
+        if (!is_v) rotate(rotation(load(positions + token), load(inv_freq + i), rope_scale), low, high);
+        bf16* to = q + (static_cast<u64>(token) * n_heads + head) * head_dim;
+        if (!is_q) {
+            u32 slot = load(slots + token);
+            if (slot == NO_SLOT) return;
+            to = (is_v ? v_cache : k_cache) + cache_row(slot, (head - n_heads) % n_kv_heads, n_kv_heads, head_dim);
+        }
+        put(to + i, low);
+        put(to + half + i, high);
+    }
+};
+
+#define GEMV_KERNEL extern "C" __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
+
+GEMV_KERNEL gemv_bf16(const bf16* w, const bf16* x, const bf16* bias, bf16* y, int m, int n, int k, int ldx, int ldy) {
+    gemv(PlainRows<bf16>{w, bias, y, n, k, ldy}, x, m, k, ldx, div_up(n, 16));
+}
+
+GEMV_KERNEL gemv_f32(const bf16* w, const bf16* x, const bf16* bias, float* y, int m, int n, int k, int ldx, int ldy) {
+    gemv(PlainRows<float>{w, bias, y, n, k, ldy}, x, m, k, ldx, div_up(n, 16));
+}
+
+GEMV_KERNEL gemv_gate_up_silu(const bf16* w, const bf16* x, bf16* y, int m, int inter, int k, int ldx, int ldy) {
+    gemv(GateUpRows{w, y, inter, k, ldy}, x, m, k, ldx, div_up(inter, 8));
+}
+
+GEMV_KERNEL gemv_qkv_rope(const bf16* w, const bf16* x, const bf16* bias, const float* inv_freq, float rope_scale, const u32* positions,
+                          const u32* slots, bf16* q, bf16* k_cache, bf16* v_cache, int m, int n_heads, int n_kv_heads, int head_dim, int k, int ldx) {
+    QkvRows rows{w, bias, inv_freq, rope_scale, positions, slots, q, k_cache, v_cache, n_heads, n_kv_heads, head_dim, k};
+    gemv(rows, x, m, k, ldx, (n_heads + 2 * n_kv_heads) * (head_dim / 16));
+}
+
+KERNELS(gemv_bf16, gemv_f32, gemv_gate_up_silu, gemv_qkv_rope)

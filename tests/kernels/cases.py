@@ -1,0 +1,386 @@
+"""Every kernel on random shapes and data against torch in float64; what the kernel must write starts as NaN."""
+
+import math
+import random
+
+import torch
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+NAN = float("nan")
+# One rounding to bf16 is at most 2^-8 = 3.9e-3 of the value, and about 1.7e-3 in the root mean square of many.
+ROUNDED = 2e-3
+# Attention rounds its probabilities to bf16 as well.
+ROUNDED_TWICE = 3e-3
+FEW = 1000
+SINGLE = 1e-5
+
+
+class Mismatch(Exception):
+    pass
+
+
+def compare(name, got, want, limit):
+    """Checks ‖got − want‖ / ‖want‖ and returns it; an element nobody wrote is NaN and fails."""
+    got, want = got.double().cpu(), want.double().cpu()
+    error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+    if got.numel() < FEW:
+        limit *= 2
+    if not error <= limit:
+        raise Mismatch(f"{name}: error {error:.2e}, limit {limit:.0e}, {int(got.isnan().sum())} of {got.numel()} are NaN")
+    return error
+
+
+class Inputs:
+    def __init__(self, device, seed):
+        self.device = device.torch_device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.random = random.Random(seed)
+
+    def normal(self, *shape, dtype=BF16, scale=1.0):
+        return (torch.randn(*shape, generator=self.generator) * scale).to(dtype).to(self.device)
+
+    def integers(self, values):
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def poison(self, *shape, dtype=BF16):
+        return torch.full(shape, NAN, dtype=dtype, device=self.device)
+
+
+def rms(x, weight, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.double()
+
+
+def rotated(x, positions, inv_freq, scale):
+    """x [T, heads, d] in float64; angles rounded to float32, as transformers does."""
+    angle = (positions.float()[:, None] * inv_freq.float()[None, :]).double()
+    cos, sin = (f(angle)[:, None, :] * scale for f in (torch.cos, torch.sin))
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+def norm_block(hidden):
+    return min(1024, -(-hidden // 256) * 32)
+
+
+def balanced(tiles, slots):
+    """As many blocks as give each the same number of tiles, in as few rounds as the slots allow."""
+    return -(-tiles // -(-tiles // slots))
+
+
+def gemv_launch(tiles, k, sms):
+    """The launch rule of gemv.cu: grid and block."""
+    best = None
+    for warps in (16, 8, 4) if tiles <= sms else (8, 16, 4):
+        if warps > 4 and warps >= 2 * -(-k // 256):
+            continue
+        grid = balanced(tiles, sms * 16 // warps)
+        fullest = -(-tiles // grid) * -(-grid // sms)
+        if best is None or fullest < best[0]:
+            best = fullest, grid, 32 * warps
+    return best[1:]
+
+
+def sample_parts(n_known):
+    """The rule of sample.cu."""
+    return -(-n_known // 1024)
+
+
+def decode_splits(context, n_kv_heads, n_seqs, sms):
+    """The rule of attention_decode.cu."""
+    return max(1, min(sms // (n_kv_heads * n_seqs), -(-context // 64), max(16, -(-context // 128))))
+
+
+def embed(d, i, hidden=None, tokens=None):
+    hidden, tokens = hidden or i.random.choice([64, 200, 576]), tokens or i.random.randint(1, 9)
+    first, rows = i.random.randint(0, 30), i.random.randint(1, 40)
+    table, ids = i.normal(rows, hidden), i.integers([i.random.randint(0, 80) for _ in range(tokens)])
+    x = i.poison(tokens, hidden, dtype=F32)
+    d.launch("embed", "embed", tokens, 128, table, ids, x, hidden, first, rows)
+    d.synchronize()
+    want = torch.stack([table[t - first].double() if first <= t < first + rows else torch.zeros(hidden, dtype=F64, device=i.device) for t in ids.tolist()])
+    return compare("embed", x.double() + 1, want + 1, 0.0)
+
+
+def norm(d, i, hidden=None, tokens=None):
+    hidden, tokens = hidden or i.random.choice([64, 72, 576, 3584, 9216]), tokens or i.random.randint(1, 5)
+    x, partial, weight = i.normal(tokens, hidden, dtype=F32), i.normal(tokens, hidden), i.normal(hidden)
+    h = i.poison(tokens, hidden)
+    d.launch("norm", "rms_norm", tokens, norm_block(hidden), x, weight, h, hidden, 1e-6)
+    d.synchronize()
+    worst = compare("rms_norm", h, rms(x.double(), weight, 1e-6), ROUNDED)
+    want = x.double() + partial.double()
+    h = i.poison(tokens, hidden)
+    d.launch("norm", "add_rms_norm", tokens, norm_block(hidden), partial, x, weight, h, hidden, 1e-6)
+    d.synchronize()
+    compare("add_rms_norm x", x, want, 1e-7)
+    return max(worst, compare("add_rms_norm h", h, rms(want, weight, 1e-6), ROUNDED))
+
+
+def activation(d, i, width=None, rows=None):
+    width, rows = width or i.random.choice([8, 1536, 3000]), rows or i.random.randint(1, 6)
+    grid = (-(-width // 2048), rows)
+    gate_up, mlp = i.normal(rows, 2 * width), i.poison(rows, width)
+    d.launch("activation", "silu_mul", grid, 256, gate_up, mlp, width)
+    d.synchronize()
+    gate, up = gate_up.double().chunk(2, -1)
+    worst = compare("silu_mul", mlp, torch.nn.functional.silu(gate) * up, ROUNDED)
+    y, bias = i.normal(rows, width), i.normal(width)
+    want = y.double() + bias.double()
+    d.launch("activation", "add_bias", grid, 256, y, bias, width)
+    d.synchronize()
+    worst = max(worst, compare("add_bias", y, want, ROUNDED))
+    wanted = sorted(i.random.sample(range(rows), i.random.randint(1, rows)))
+    out = i.poison(len(wanted), width)
+    d.launch("activation", "gather_rows", (grid[0], len(wanted)), 256, mlp, i.integers(wanted), out, width)
+    d.synchronize()
+    compare("gather_rows", out, mlp[wanted], 0.0)
+    x, y = i.normal(width, dtype=F32), i.poison(width)
+    d.launch("activation", "to_bf16_array", grid[0], 256, x, y, width)
+    d.synchronize()
+    compare("to_bf16_array", y, x.to(BF16), 0.0)
+    return worst
+
+
+def sample(d, i, vocab=None, rows=None):
+    vocab, rows = vocab or i.random.choice([5, 1000, 20001]), rows or i.random.randint(1, 3)
+    ld = vocab + i.random.randint(0, 50)
+    logits = i.normal(rows, ld, dtype=F32, scale=3.0)
+    logits[:, vocab:] = 1e9  # padding: never chosen
+    if vocab > 100:
+        logits[0, [7, 99, vocab - 1]] = 50.0  # a tie goes to the lowest
+    logits[-1, 0] = -math.inf
+    parts = sample_parts(vocab)
+    part = [i.poison(rows, parts, dtype=F32), i.integers([[-1] * parts] * rows), i.poison(rows, parts, dtype=F32)]
+    token, top, lse = i.integers([-1] * rows), i.poison(rows, dtype=F32), i.poison(rows, dtype=F32)
+    d.launch("sample", "sample_partial", (parts, rows), 256, logits, vocab, ld, *part)
+    d.launch("sample", "sample_reduce", rows, 32, *part, parts, token, top, lse)
+    d.synchronize()
+    known = logits[:, :vocab].double().cpu()
+    want = [int((row == row.max()).nonzero()[0]) for row in known]
+    if token.tolist() != want:
+        raise Mismatch(f"sample: tokens {token.tolist()}, not {want}")
+    compare("sample max", top, known.max(-1).values, 0.0)
+    return compare("log_sum_exp", lse, known.logsumexp(-1), 1e-6)
+
+
+def rope_inputs(i, tokens, n_kv, d_head, far):
+    # Blocks in any order, and room for tokens of other sequences.
+    blocks = tokens // 4 + 3
+    slots = i.random.sample(range(blocks * 16), tokens)
+    if tokens > 2:
+        slots[1] = 0xFFFFFFFF - (1 << 32)
+    positions = [i.random.randint(0, far) for _ in range(tokens)]
+    inv_freq = (1.0 / 1e6 ** (torch.arange(0, d_head, 2).float() / d_head)).to(i.device)
+    return blocks, i.integers(slots), i.integers(positions), inv_freq
+
+
+def check_qkv(want, slots, q, caches, n_heads, n_kv, d_head, limit):
+    """`want` [T, heads, d]: q heads, k heads, v heads after rotation."""
+    tokens = want.shape[0]
+    worst = compare("q", q.view(tokens, n_heads, d_head), want[:, :n_heads], limit)
+    for name, cache, first in (("k", caches[0], n_heads), ("v", caches[1], n_heads + n_kv)):
+        written = torch.zeros(cache.shape[0], 16, dtype=torch.bool)
+        for t, slot in enumerate(slots.tolist()):
+            if slot < 0:
+                continue
+            written[slot // 16, slot % 16] = True
+            worst = max(worst, compare(name, cache[slot // 16, :, slot % 16], want[t, first:first + n_kv], limit))
+        if not cache.cpu().isnan().all(-1).all(1)[~written].all():
+            raise Mismatch(f"{name}: written outside the slots")
+    return worst
+
+
+def qkv(d, i, tokens=None, heads=None):
+    tokens, (n_heads, n_kv, d_head) = tokens or i.random.randint(1, 9), heads or i.random.choice([(9, 3, 64), (7, 1, 128), (4, 2, 80), (2, 2, 20), (3, 1, 256)])
+    has_bias, has_norm, eps, scale = i.random.random() < 0.5, i.random.random() < 0.5, 1e-6, i.random.choice([1.0, 1.2])
+    n_all = n_heads + 2 * n_kv
+    x = i.normal(tokens, n_all * d_head)
+    bias = i.normal(n_all * d_head) if has_bias else None
+    norms = [i.normal(d_head) if has_norm else None for _ in range(2)]
+    blocks, slots, positions, inv_freq = rope_inputs(i, tokens, n_kv, d_head, 131072)
+    q, caches = i.poison(tokens, n_heads * d_head), [i.poison(blocks, n_kv, 16, d_head) for _ in range(2)]
+    d.launch("qkv", "qkv_rope", (-(-n_all // 4), tokens), 128, x, bias, *norms, inv_freq, scale, eps, positions, slots, q, *caches, n_heads, n_kv, d_head)
+    d.synchronize()
+    want = x.double() + (bias.double() if has_bias else 0)
+    want = want.view(tokens, n_all, d_head)
+    if has_norm:
+        weights = torch.stack([norms[0]] * n_heads + [norms[1]] * n_kv)
+        want = torch.cat([rms(want[:, :-n_kv], weights, eps), want[:, -n_kv:]], 1)
+    want = torch.cat([rotated(want[:, :-n_kv], positions, inv_freq, scale), want[:, -n_kv:]], 1)
+    return check_qkv(want, slots, q, caches, n_heads, n_kv, d_head, ROUNDED)
+
+
+def gemv(d, i, shape=None, m=None):
+    n, k = shape or (i.random.choice([1, 8, 50, 200, 333]), i.random.choice([8, 64, 200, 576, 2304]))
+    m = m or i.random.randint(1, 8)
+    w, x, bias = i.normal(n, k, scale=k ** -0.5), i.normal(m, k), i.normal(n) if i.random.random() < 0.5 else None
+    want = x.double() @ w.double().T + (bias.double() if bias is not None else 0)
+    grid, block = gemv_launch(-(-n // 16), k, d.sms)
+    if shape is None and i.random.random() < 0.5:
+        grid, block = i.random.randint(1, 5), 32 * i.random.randint(1, 16)
+    # Written into a wider row: a rank's part of the whole.
+    ldy, first = n + 24, 8
+    worst = 0.0
+    for name, dtype, limit in (("gemv_bf16", BF16, ROUNDED), ("gemv_f32", F32, SINGLE)):
+        y = i.poison(m * ldy + first, dtype=dtype)
+        d.launch("gemv", name, grid, block, w, x, bias, y[first:], m, n, k, k, ldy)
+        d.synchronize()
+        rows = y[first:].view(m, ldy)
+        worst = max(worst, compare(name, rows[:, :n], want, limit))
+        if not rows[:, n:].isnan().all():
+            raise Mismatch(f"{name}: written outside its columns")
+    return worst
+
+
+def gemv_gate_up(d, i, shape=None, m=None):
+    inter, k = shape or (i.random.choice([3, 64, 250]), i.random.choice([64, 576]))
+    m = m or i.random.randint(1, 8)
+    w, x, y = i.normal(2 * inter, k, scale=k ** -0.5), i.normal(m, k), i.poison(m, inter)
+    grid, block = gemv_launch(-(-inter // 8), k, d.sms)
+    d.launch("gemv", "gemv_gate_up_silu", grid, block, w, x, y, m, inter, k, k, inter)
+    d.synchronize()
+    gate, up = (x.double() @ w.double().T).chunk(2, -1)
+    return compare("gemv_gate_up_silu", y, torch.nn.functional.silu(gate) * up, ROUNDED)
+
+
+def gemv_qkv(d, i, heads=None, k=None, m=None):
+    n_heads, n_kv, d_head = heads or i.random.choice([(9, 3, 64), (7, 1, 128), (2, 2, 16), (2, 1, 96)])
+    k, m = k or i.random.choice([64, 576]), m or i.random.randint(1, 8)
+    n_all = n_heads + 2 * n_kv
+    w, x, bias = i.normal(n_all * d_head, k, scale=k ** -0.5), i.normal(m, k), i.normal(n_all * d_head) if i.random.random() < 0.7 else None
+    blocks, slots, positions, inv_freq = rope_inputs(i, m, n_kv, d_head, 131072)
+    q, caches = i.poison(m, n_heads * d_head), [i.poison(blocks, n_kv, 16, d_head) for _ in range(2)]
+    grid, block = gemv_launch(n_all * d_head // 16, k, d.sms)
+    d.launch("gemv", "gemv_qkv_rope", grid, block, w, x, bias, inv_freq, 1.0, positions, slots, q, *caches, m, n_heads, n_kv, d_head, k, k)
+    d.synchronize()
+    want = x.double() @ w.double().T + (bias.double() if bias is not None else 0)
+    want = want.view(m, n_all, d_head)
+    want = torch.cat([rotated(want[:, :-n_kv], positions, inv_freq, 1.0), want[:, -n_kv:]], 1)
+    return check_qkv(want, slots, q, caches, n_heads, n_kv, d_head, ROUNDED)
+
+
+def paged(i, contexts, n_kv, d_head):
+    """A cache with the sequences' blocks scattered in it, NaN wherever no token lies; and K and V of each sequence."""
+    per_seq = [-(-c // 16) for c in contexts]
+    total, width = sum(per_seq) + 3, max(per_seq + [1]) + 2
+    order = i.random.sample(range(total), total)
+    tables = torch.full((len(contexts), width), 0x7FFFFFF, dtype=torch.int32)
+    caches, parts = [i.poison(total, n_kv, 16, d_head) for _ in range(2)], []
+    for s, context in enumerate(contexts):
+        blocks = [order.pop() for _ in range(per_seq[s])]
+        tables[s, :len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        kv = [i.normal(context, n_kv, d_head) for _ in range(2)]
+        for cache, new in zip(caches, kv):
+            padded = torch.full((per_seq[s] * 16, n_kv, d_head), NAN, dtype=BF16, device=i.device)
+            padded[:context] = new
+            if blocks:
+                cache[blocks] = padded.view(-1, 16, n_kv, d_head).transpose(1, 2)
+        parts.append(kv)
+    return caches, tables.to(i.device), parts
+
+
+def attend(q, k, v, scale):
+    """q [len, heads, d] at the end of k, v [context, n_kv, d]."""
+    group, offset = q.shape[1] // k.shape[1], k.shape[0] - q.shape[0]
+    k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    scores = torch.einsum("thd,chd->htc", q.double(), k) * scale
+    late = torch.arange(k.shape[0], device=q.device)[None] > offset + torch.arange(q.shape[0], device=q.device)[:, None]
+    return torch.einsum("htc,chd->thd", scores.masked_fill(late, -math.inf).softmax(-1), v)
+
+
+HEADS = [(9, 3, 64), (14, 2, 64), (7, 1, 128), (16, 1, 128), (4, 4, 96), (10, 2, 80), (16, 1, 64)]
+
+
+def attention_decode(d, i, heads=None, contexts=None, splits=None):
+    n_heads, n_kv, d_head = heads or i.random.choice(HEADS)
+    contexts = contexts or [i.random.choice([0, 1, 16, 17, 100, 333]) for _ in range(i.random.randint(1, 4))]
+    splits = splits or i.random.choice([1, 2, 5])
+    caches, tables, parts = paged(i, contexts, n_kv, d_head)
+    rows = i.random.sample(range(len(contexts)), len(contexts))
+    seqs = i.integers([[row, 1, c, s] for s, (row, c) in enumerate(zip(rows, contexts))])
+    q, attn = i.normal(len(contexts), n_heads * d_head), i.poison(len(contexts), n_heads * d_head)
+    part, ml = i.poison(len(contexts), n_heads, splits, d_head, dtype=F32), i.poison(len(contexts), n_heads, splits, 2, dtype=F32)
+    scale = d_head ** -0.5
+    d.launch("attention_decode", f"attention_decode_{d_head}", (splits, n_kv * -(-(n_heads // n_kv) // 8), len(contexts)), 128, q, *caches, tables, seqs, part, ml, attn,
+             n_heads, n_kv, tables.shape[1], splits, scale)
+    if splits > 1:
+        d.launch("attention_decode", f"attention_combine_{d_head}", (n_heads, len(contexts)), 128, part, ml, seqs, attn, n_heads, splits)
+    d.synchronize()
+    want = torch.zeros(len(contexts), n_heads, d_head, dtype=F64, device=i.device)
+    for s, context in enumerate(contexts):
+        if context:
+            want[rows[s]] = attend(q[rows[s]].view(1, n_heads, d_head), *parts[s], scale)[0]
+    return compare("attention_decode", attn + 1, want.view(len(contexts), -1) + 1, ROUNDED_TWICE)
+
+
+def attention_prefill(d, i, heads=None, seqs=None):
+    n_heads, n_kv, d_head = heads or i.random.choice(HEADS)
+    if seqs is None:
+        seqs = [(n, n + i.random.choice([0, 0, 1, 70])) for n in (i.random.choice([0, 1, 5, 17, 64, 90]) for _ in range(i.random.randint(1, 3)))]
+    caches, tables, parts = paged(i, [context for _, context in seqs], n_kv, d_head)
+    total = sum(n for n, _ in seqs) + 2  # a row in front and one behind that belong to nobody here
+    starts = [1 + sum(n for n, _ in seqs[:s]) for s in range(len(seqs))]
+    table = i.integers([[start, n, context, s] for s, (start, (n, context)) in enumerate(zip(starts, seqs))])
+    q, attn, scale = i.normal(total, n_heads * d_head), i.poison(total, n_heads * d_head), d_head ** -0.5
+    tiles = max(1, -(-max(n for n, _ in seqs) * (n_heads // n_kv) // 128))
+    d.launch("attention_prefill", f"attention_prefill_{d_head}", (tiles, n_kv, len(seqs)), 256, q, *caches, tables, table, attn, n_heads, n_kv,
+             tables.shape[1], scale, shared=512 * (d_head + 8))
+    d.synchronize()
+    worst = 0.0
+    for s, (start, (n, _)) in enumerate(zip(starts, seqs)):
+        if n:
+            want = attend(q[start:start + n].view(n, n_heads, d_head), *parts[s], scale)
+            worst = max(worst, compare("attention_prefill", attn[start:start + n], want.reshape(n, -1), ROUNDED_TWICE))
+    if not attn[[0, -1]].isnan().all():
+        raise Mismatch("attention_prefill: written outside its rows")
+    return worst
+
+
+def all_reduce(d, i, ranks=None, rows=None, hidden=None, rounds=5):
+    """Ranks as threads (emulation) or streams; then a peer that never comes."""
+    ranks, rows, hidden = ranks or i.random.randint(1, 4), rows or i.random.randint(1, 3), hidden or i.random.choice([64, 576, 8200])
+    max_rows, block = rows + 1, norm_block(hidden)
+    inboxes = [torch.zeros(2, ranks, max_rows, hidden, dtype=torch.int32, device=i.device) for _ in range(ranks)]
+    table = torch.tensor([t.data_ptr() for t in inboxes], dtype=torch.int64, device=i.device)
+    epochs, lost = [[torch.zeros(n, dtype=torch.int32, device=i.device) for _ in range(ranks)] for n in (max_rows, 1)]
+    weight, x = i.normal(hidden), i.normal(rows, hidden, dtype=F32)
+    xs, want = [x.clone() for _ in range(ranks)], x.double()
+
+    def run(rank, partial, h, timeout):
+        d.launch("all_reduce", "all_reduce_add_rms_norm", rows, block, partial, xs[rank], weight, h, table, epochs[rank], lost[rank], rank, ranks,
+                 max_rows, hidden, 1e-6, timeout)
+
+    partials = [[i.normal(rows, hidden) for _ in range(rounds)] for _ in range(ranks)]
+    hs = [[i.poison(rows, hidden) for _ in range(rounds)] for _ in range(ranks)]
+    with d.sharing("all_reduce", inboxes):
+        # A rank runs as far ahead of the others as the kernel lets it.
+        d.together([lambda r=r: [run(r, p, h, 3000) for p, h in zip(partials[r], hs[r])] for r in range(ranks)])
+        if any(t.item() for t in lost):
+            raise Mismatch(f"all_reduce: lost {[t.item() for t in lost]}")
+        for n in range(rounds):
+            want = want + sum(p[n].double() for p in partials)
+            worst = max(compare("all_reduce h", h[n], rms(want, weight, 1e-6), ROUNDED) for h in hs)
+        for other in xs:
+            compare("all_reduce x", other, want, 1e-6)
+            compare("all_reduce x on every rank", other, xs[0], 0.0)
+        if ranks > 1:
+            run(0, partials[0][0], hs[0][0], 10)
+            d.synchronize()
+            if not 2 <= lost[0].item() <= ranks:
+                raise Mismatch(f"all_reduce: no peer came, and lost is {lost[0].item()}")
+    return worst
+
+
+CASES = [embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, attention_decode, attention_prefill, all_reduce]
+
+QWEN_HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128), "72B/2": (32, 4, 128), "14B": (40, 8, 128)}
+# The same cases at the sizes of real models, for a GPU.
+REAL = [(norm, {"hidden": h, "tokens": t}) for h in (896, 3584, 8192) for t in (1, 512)]
+REAL += [(activation, {"width": 18944, "rows": 300}), (sample, {"vocab": 151665, "rows": 4}), (embed, {"hidden": 3584, "tokens": 200})]
+REAL += [(gemv, {"shape": s, "m": m}) for s in ((4608, 3584), (3584, 3584), (3584, 18944), (8192, 14784), (896, 4864), (576, 1536)) for m in (1, 3, 8)]
+REAL += [(gemv_gate_up, {"shape": s, "m": m}) for s in ((18944, 3584), (14784, 8192), (4864, 896)) for m in (1, 8)]
+REAL += [(gemv_qkv, {"heads": h, "k": k, "m": m}) for h, k in (((28, 4, 128), 3584), ((32, 4, 128), 8192), ((14, 2, 64), 896)) for m in (1, 8)]
+REAL += [(qkv, {"heads": h, "tokens": 300}) for h in QWEN_HEADS.values()]
+REAL += [(attention_decode, {"heads": h, "contexts": c, "splits": s}) for h in QWEN_HEADS.values() for c in ([1024], [5000, 3, 0, 700]) for s in (1, 16, 64)]
+REAL += [(attention_prefill, {"heads": h, "seqs": s}) for h in QWEN_HEADS.values() for s in ([(512, 512)], [(700, 3000), (1, 900), (17, 17)])]
+REAL += [(all_reduce, {"ranks": r, "rows": n, "hidden": h}) for r in (2, 4) for n, h in ((1, 8192), (8, 3584))]
