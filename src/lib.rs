@@ -10,6 +10,7 @@
 //! | [`plan`] | what each rank will do: shards, bytes, predicted speed; pure |
 //! | [`weights`] | safetensors headers → this rank's byte ranges → their final place |
 //! | [`cpu`] | the CPU backend: thread pool, kernels by run-time dispatch |
+//! | [`gpu`] | the GPU backend: one driver interface, kernels, collectives |
 //! | [`comm`] | what the ranks say to each other in a forward pass |
 //! | [`model`] | the one forward pass, over any backend, and the paged KV cache |
 //! | [`engine`] | schedule → forward → sample → emit |
@@ -22,6 +23,7 @@ pub mod config;
 pub mod cpu;
 pub mod engine;
 pub mod error;
+pub mod gpu;
 pub mod model;
 pub mod plan;
 pub mod text;

@@ -1,0 +1,174 @@
+//! One allocation for all step buffers: after the start nothing is allocated any more.
+
+use super::driver::{DevicePtr, Driver};
+use super::geometry::Geometry;
+use super::memory::DeviceBuffer;
+use crate::Result;
+use crate::model::Batch;
+use std::sync::Arc;
+
+/// What the step buffers are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of a step.
+    pub max_step_tokens: usize,
+    /// Rows of logits of a step.
+    pub max_logit_rows: usize,
+    /// Blocks of the KV cache.
+    pub n_kv_blocks: usize,
+}
+
+/// Every buffer begins at a multiple of this.
+const ALIGN: usize = 256;
+/// cublasLt's scratch memory: what NVIDIA recommends for Hopper.
+pub const WORKSPACE: usize = 32 << 20;
+
+/// The step buffers of one rank, in bytes; `plan` counts with the same list that the arena is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepBuffers {
+    list: Vec<(&'static str, usize)>,
+}
+
+impl StepBuffers {
+    /// The list for a rank; `sm_count` and `workspace` are the device's.
+    pub fn new(g: &Geometry, limits: &Limits, sm_count: usize, workspace: usize) -> StepBuffers {
+        let (t, s) = (limits.max_step_tokens, limits.max_logit_rows);
+        let (bf16, f32) = (2, 4);
+        let logits = g.vocab.iter().sum::<usize>() * s * f32;
+        let gathered = if g.vocab.len() > 1 { logits } else { 0 };
+        let all_parts: usize = g.vocab.iter().map(|&rows| sample_parts(rows)).sum();
+        let parts = attention_parts(g, t, sm_count) * g.n_heads;
+        let list = vec![
+            ("x", t * g.hidden * f32),
+            ("h", t * g.hidden * bf16),
+            ("q", t * g.q_width() * bf16),
+            ("attn", t * g.q_width() * bf16),
+            ("mlp", t * g.padded_inter * bf16),
+            ("partial", t * g.hidden * bf16),
+            ("logits", if gathered > 0 { gathered } else { logits }),
+            (
+                "logits_local",
+                if gathered > 0 {
+                    g.vocab_local() * s * f32
+                } else {
+                    0
+                },
+            ),
+            // The q/k/v product and the gate and up products are never needed at the same time.
+            ("product", t * g.qkv_width().max(2 * g.padded_inter) * bf16),
+            ("wanted", s * g.q_width().max(2 * g.hidden) * bf16),
+            ("part", parts * g.padded_head_dim * f32),
+            ("part_ml", parts * 2 * f32),
+            ("choices_local", 3 * s * sample_parts(g.vocab_local()) * 4),
+            ("choices", 3 * s * all_parts * 4),
+            ("batch", batch_words(limits) * 4),
+            ("workspace", workspace),
+        ];
+        StepBuffers { list }
+    }
+
+    /// Bytes of all, with their padding.
+    pub fn bytes(&self) -> usize {
+        self.list
+            .iter()
+            .map(|(_, bytes)| bytes.next_multiple_of(ALIGN))
+            .sum()
+    }
+
+    /// Name and bytes of each.
+    pub fn list(&self) -> &[(&'static str, usize)] {
+        &self.list
+    }
+}
+
+/// Parts into which the cached tokens of one sequence are cut, at most, to fill the device in a decode step.
+pub fn max_splits(g: &Geometry, sm_count: usize) -> usize {
+    (sm_count / g.n_kv_heads.max(1)).max(1)
+}
+
+/// Parts in which `sample.cu` looks through a row of `n` logits.
+pub fn sample_parts(n: usize) -> usize {
+    n.div_ceil(1024)
+}
+
+/// Such parts of all sequences together that one decode step may have.
+pub fn attention_parts(g: &Geometry, max_seqs: usize, sm_count: usize) -> usize {
+    max_splits(g, sm_count) + max_seqs
+}
+
+/// 32-bit words of a step's description: tokens, positions, slots, sequences of four words each, wanted rows, and the
+/// block tables back to back.
+pub fn batch_words(limits: &Limits) -> usize {
+    7 * limits.max_step_tokens + limits.max_logit_rows + limits.n_kv_blocks
+}
+
+/// Whether a step fits the buffers; the reason where it does not.
+pub fn check(batch: &Batch, limits: &Limits, block: usize) -> Result<(), String> {
+    let (t, s) = (batch.tokens.len(), batch.logit_rows.len());
+    let (mt, ms) = (limits.max_step_tokens, limits.max_logit_rows);
+    if t == 0 || t > mt || s > ms {
+        return Err(format!(
+            "a step of {t} tokens and {s} logit rows does not fit the plan's {mt} and {ms}"
+        ));
+    }
+    let mut next = 0;
+    let mut n_blocks = 0;
+    for seq in &batch.seqs {
+        let in_order = seq.start == next && seq.len > 0 && seq.len <= seq.context_len;
+        let known = seq
+            .blocks
+            .iter()
+            .all(|&b| (b as usize) < limits.n_kv_blocks);
+        if !in_order || !known || seq.context_len > seq.blocks.len() * block {
+            return Err("a step's sequences, blocks and tokens do not fit together".into());
+        }
+        next += seq.len;
+        n_blocks += seq.blocks.len();
+    }
+    let rows = batch.logit_rows.iter().all(|&r| (r as usize) < t)
+        && batch.logit_rows.is_sorted_by(|a, b| a < b);
+    if next != t || batch.positions.len() != t || n_blocks > limits.n_kv_blocks || !rows {
+        return Err("a step's sequences, blocks and tokens do not fit together".into());
+    }
+    Ok(())
+}
+
+/// The allocation, handed out front to back by the list.
+pub struct Arena {
+    memory: DeviceBuffer,
+    places: Vec<(&'static str, usize)>,
+}
+
+impl Arena {
+    /// Allocates everything on the list.
+    ///
+    /// # Errors
+    /// The device has not that much left.
+    pub fn new(driver: &Arc<dyn Driver>, buffers: &StepBuffers) -> Result<Arena> {
+        let memory = DeviceBuffer::new(driver, buffers.bytes(), "step buffers")?;
+        let mut at = 0;
+        let mut places = Vec::new();
+        for &(name, bytes) in &buffers.list {
+            places.push((name, at));
+            at += bytes.next_multiple_of(ALIGN);
+        }
+        Ok(Arena { memory, places })
+    }
+
+    /// Where a buffer of the list begins.
+    pub fn get(&self, name: &str) -> DevicePtr {
+        let place = self.places.iter().find(|(n, _)| *n == name);
+        debug_assert!(place.is_some(), "{name} is not on the list");
+        self.memory.ptr().offset(place.map_or(0, |p| p.1))
+    }
+
+    /// The whole allocation, for copies by offset.
+    pub fn memory(&self) -> &DeviceBuffer {
+        &self.memory
+    }
+
+    /// Offset in the allocation of a pointer that [`Arena::get`] gave.
+    pub fn offset(&self, ptr: DevicePtr) -> usize {
+        (ptr.0 - self.memory.ptr().0) as usize
+    }
+}

@@ -1,0 +1,202 @@
+//! Collectives over device memory, enqueued on a stream like everything else.
+
+use super::driver::{DevicePtr, Stream};
+use crate::Result;
+
+/// Element type of a reduced buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    /// bfloat16
+    Bf16,
+    /// f32
+    F32,
+}
+
+/// A sum over ranks and what always follows it: `x += Σ partial`, `h = RMSNorm(x) · weight`.
+#[derive(Debug, Clone, Copy)]
+pub struct FusedNorm {
+    /// bf16 `[rows, hidden]`
+    pub partial: DevicePtr,
+    /// f32 `[rows, hidden]`
+    pub x: DevicePtr,
+    /// bf16 `[hidden]`
+    pub weight: DevicePtr,
+    /// bf16 `[rows, hidden]`
+    pub h: DevicePtr,
+    /// Tokens of the step.
+    pub rows: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Epsilon of the norm.
+    pub eps: f32,
+}
+
+/// The collectives of a forward pass; every rank enqueues the same ones in the same order.
+pub trait DeviceCollective: Send {
+    /// The way the data takes, in a word or two.
+    fn name(&self) -> &'static str;
+
+    /// `x = Σ over ranks of x`, in place, `n` elements.
+    ///
+    /// # Safety
+    /// `x` is valid until the stream is synchronized.
+    ///
+    /// # Errors
+    /// A lost rank, or those of the library.
+    unsafe fn all_reduce(
+        &mut self,
+        x: DevicePtr,
+        n: usize,
+        element: Element,
+        stream: Stream,
+    ) -> Result<()>;
+
+    /// `out` is every rank's `local` in rank order, f32; `counts[r]` elements from rank `r`.
+    ///
+    /// # Safety
+    /// Both buffers are valid until the stream is synchronized.
+    ///
+    /// # Errors
+    /// A lost rank, or those of the library.
+    unsafe fn all_gather(
+        &mut self,
+        local: DevicePtr,
+        counts: &[usize],
+        out: DevicePtr,
+        stream: Stream,
+    ) -> Result<()>;
+
+    /// The sum, the residual add and the norm in one; false where that is not this collective's, and nothing was done.
+    ///
+    /// # Safety
+    /// The four buffers are valid until the stream is synchronized.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    unsafe fn all_reduce_add_norm(&mut self, _: &FusedNorm, _: Stream) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Waits until the stream's work is done; a rank that is lost meanwhile ends the wait.
+    ///
+    /// # Errors
+    /// A lost rank, a lost device.
+    fn synchronize(&mut self, stream: Stream) -> Result<()>;
+
+    /// Gives up whatever still waits for another rank; nothing is exchanged afterwards.
+    fn abandon(&mut self) {}
+}
+
+/// One rank alone.
+pub struct Solo(pub std::sync::Arc<dyn super::Driver>);
+
+impl DeviceCollective for Solo {
+    fn name(&self) -> &'static str {
+        "one rank"
+    }
+
+    unsafe fn all_reduce(&mut self, _: DevicePtr, _: usize, _: Element, _: Stream) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn all_gather(
+        &mut self,
+        local: DevicePtr,
+        counts: &[usize],
+        out: DevicePtr,
+        stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            self.0
+                .copy(out, local, counts.iter().sum::<usize>() * 4, stream)
+        }
+    }
+
+    fn synchronize(&mut self, stream: Stream) -> Result<()> {
+        self.0.synchronize(stream)
+    }
+}
+
+/// The stand-in's: the ranks' host collective, run in the order of the stream.
+#[cfg(test)]
+pub struct HostRanks {
+    device: std::sync::Arc<super::standin::Standin>,
+    comm: std::sync::Arc<std::sync::Mutex<Box<dyn crate::comm::HostCollective>>>,
+}
+
+#[cfg(test)]
+impl HostRanks {
+    /// The collectives of `device` through `comm`.
+    pub fn new(
+        device: std::sync::Arc<super::standin::Standin>,
+        comm: std::sync::Arc<std::sync::Mutex<Box<dyn crate::comm::HostCollective>>>,
+    ) -> HostRanks {
+        HostRanks { device, comm }
+    }
+}
+
+#[cfg(test)]
+impl DeviceCollective for HostRanks {
+    fn name(&self) -> &'static str {
+        "host memory"
+    }
+
+    unsafe fn all_reduce(
+        &mut self,
+        x: DevicePtr,
+        n: usize,
+        element: Element,
+        stream: Stream,
+    ) -> Result<()> {
+        use half::bf16;
+        let comm = self.comm.clone();
+        let work = move |memory: &mut super::standin::Memory| {
+            let mut values: Vec<f32> = match element {
+                Element::F32 => memory.read(x.0, n)?,
+                Element::Bf16 => memory
+                    .read::<bf16>(x.0, n)?
+                    .into_iter()
+                    .map(bf16::to_f32)
+                    .collect(),
+            };
+            comm.lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .all_reduce(&mut values)?;
+            match element {
+                Element::F32 => memory.write(x.0, &values),
+                Element::Bf16 => memory.write(
+                    x.0,
+                    &values.into_iter().map(bf16::from_f32).collect::<Vec<_>>(),
+                ),
+            }
+        };
+        self.device
+            .enqueue_host("all-reduce", std::sync::Arc::new(work), stream)
+    }
+
+    unsafe fn all_gather(
+        &mut self,
+        local: DevicePtr,
+        counts: &[usize],
+        out: DevicePtr,
+        stream: Stream,
+    ) -> Result<()> {
+        let (comm, counts) = (self.comm.clone(), counts.to_vec());
+        let work = move |memory: &mut super::standin::Memory| {
+            let mut comm = comm
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mine = memory.read::<f32>(local.0, counts[comm.rank()])?;
+            let mut all = vec![0.0; counts.iter().sum()];
+            comm.all_gather(&mine, &counts, &mut all)?;
+            memory.write(out.0, &all)
+        };
+        self.device
+            .enqueue_host("all-gather", std::sync::Arc::new(work), stream)
+    }
+
+    fn synchronize(&mut self, stream: Stream) -> Result<()> {
+        super::Driver::synchronize(&*self.device, stream)
+    }
+}

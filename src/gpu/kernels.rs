@@ -1,0 +1,193 @@
+//! The kernels: CUDA C++ in the binary, compiled by NVRTC for the GPU at hand, kept as cubins in a cache.
+
+use super::cache::{Cache, fnv1a};
+use super::nvrtc::{ARCHITECTURE, Nvrtc};
+use crate::{Error, Result};
+
+/// One `.cu` file.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Source {
+    /// File name without `.cu`.
+    pub name: &'static str,
+    /// The file.
+    pub text: &'static str,
+}
+
+/// A file that kernels include.
+#[derive(Debug)]
+pub struct Header {
+    /// File name.
+    pub name: &'static str,
+    /// The file.
+    pub text: &'static str,
+}
+
+macro_rules! source {
+    ($name:literal) => {
+        Source {
+            name: $name,
+            text: include_str!(concat!("../../kernels/", $name, ".cu")),
+        }
+    };
+}
+
+macro_rules! header {
+    ($name:literal) => {
+        Header {
+            name: concat!($name, ".cuh"),
+            text: include_str!(concat!("../../kernels/", $name, ".cuh")),
+        }
+    };
+}
+
+/// What the kernels include.
+pub const HEADERS: &[Header] = &[header!("common"), header!("rope"), header!("rows")];
+
+/// RMSNorm, alone and behind the residual add.
+pub static NORM: Source = source!("norm");
+/// The embedding's rows.
+pub static EMBED: Source = source!("embed");
+/// Products for up to eight rows.
+pub static GEMV: Source = source!("gemv");
+/// What follows the q/k/v product.
+pub static QKV: Source = source!("qkv");
+/// Element-wise work around large products.
+pub static ACTIVATION: Source = source!("activation");
+/// Attention of many tokens a sequence.
+pub static ATTENTION_PREFILL: Source = source!("attention_prefill");
+/// Attention of one token a sequence.
+pub static ATTENTION_DECODE: Source = source!("attention_decode");
+
+/// Greedy choice.
+pub static SAMPLE: Source = source!("sample");
+/// One-shot all-reduce over peer memory.
+pub static ALL_REDUCE: Source = source!("all_reduce");
+
+/// Every kernel file.
+pub static SOURCES: &[&Source] = &[
+    &NORM,
+    &EMBED,
+    &GEMV,
+    &QKV,
+    &ACTIVATION,
+    &ATTENTION_PREFILL,
+    &ATTENTION_DECODE,
+    &SAMPLE,
+    &ALL_REDUCE,
+];
+
+/// Options besides the architecture; part of the cache's key.
+pub const OPTIONS: &[&str] = &[
+    "-std=c++17",
+    "--device-as-default-execution-space",
+    "-lineinfo",
+];
+
+/// The architecture to compile for: the one with every instruction where a compute capability has such a variant.
+pub fn architecture(compute: (u32, u32)) -> String {
+    let (major, minor) = compute;
+    let all = if major >= 9 { "a" } else { "" };
+    format!("sm_{major}{minor}{all}")
+}
+
+/// Compiled kernels of one architecture, made when they are not in the cache.
+pub struct Compiler {
+    arch: String,
+    cache: Option<Cache>,
+    nvrtc: std::cell::OnceCell<Nvrtc>,
+}
+
+impl Compiler {
+    /// A compiler for `arch`; NVRTC is opened when something is not in the cache.
+    pub fn new(arch: String, cache: Option<Cache>) -> Compiler {
+        Compiler {
+            arch,
+            cache,
+            nvrtc: std::cell::OnceCell::new(),
+        }
+    }
+
+    /// The cubin of a source.
+    ///
+    /// # Errors
+    /// No NVRTC, or one that refuses the source or the architecture. A cache that cannot be written is only a warning.
+    pub fn cubin(&self, source: &Source) -> Result<Vec<u8>> {
+        let name = self.entry(source);
+        if let Some(cubin) = self.cache.as_ref().and_then(|c| c.get(&name)) {
+            return Ok(cubin);
+        }
+        let cubin = self.nvrtc()?.compile(source, HEADERS, &self.options())?;
+        if let Some(cache) = &self.cache
+            && let Err(e) = cache.put(&name, &cubin)
+        {
+            tracing::warn!("{e}: kernels are compiled anew in every run");
+        }
+        Ok(cubin)
+    }
+
+    /// Whether anything had to be compiled.
+    pub fn has_opened_nvrtc(&self) -> bool {
+        self.nvrtc.get().is_some()
+    }
+
+    fn nvrtc(&self) -> Result<&Nvrtc> {
+        if let Some(nvrtc) = self.nvrtc.get() {
+            return Ok(nvrtc);
+        }
+        let opened = Nvrtc::open()?;
+        Ok(self.nvrtc.get_or_init(|| opened))
+    }
+
+    fn options(&self) -> Vec<String> {
+        let arch = format!("{ARCHITECTURE}{}", self.arch);
+        std::iter::once(arch)
+            .chain(OPTIONS.iter().map(|o| o.to_string()))
+            .collect()
+    }
+
+    /// A name that changes with everything that the cubin depends on but NVRTC's version: what one NVRTC made, another
+    /// need not make again, and a machine whose cache was filled beforehand needs none at all.
+    fn entry(&self, source: &Source) -> String {
+        let options = self.options();
+        let mut parts: Vec<&[u8]> = vec![source.text.as_bytes()];
+        parts.extend(
+            HEADERS
+                .iter()
+                .flat_map(|h| [h.name.as_bytes(), h.text.as_bytes()]),
+        );
+        parts.extend(options.iter().map(|o| o.as_bytes()));
+        format!("{}-{}-{:016x}.cubin", source.name, self.arch, fnv1a(&parts))
+    }
+}
+
+/// Fills the cache for architectures such as `sm_80` and `sm_90a`; needs NVRTC and no GPU. Returns the kernel files made.
+///
+/// # Errors
+/// An architecture that is not one, no cache folder, or what [`Compiler::cubin`] says.
+pub fn build(archs: &[String], cache: &Cache) -> Result<usize> {
+    for arch in archs {
+        let digits = arch
+            .strip_prefix("sm_")
+            .map(|a| a.trim_end_matches(['a', 'f']));
+        if !digits
+            .is_some_and(|d| (2..=3).contains(&d.len()) && d.bytes().all(|b| b.is_ascii_digit()))
+        {
+            return Err(Error::usage(format_args!(
+                "--arch {arch}: not an architecture such as sm_80 or sm_90a"
+            )));
+        }
+    }
+    for arch in archs {
+        let compiler = Compiler::new(arch.clone(), Some(cache.clone()));
+        for source in SOURCES {
+            compiler.cubin(source)?;
+            if cache.get(&compiler.entry(source)).is_none() {
+                return Err(Error::file(
+                    cache.dir(),
+                    "the compiled kernels could not be stored",
+                ));
+            }
+        }
+    }
+    Ok(archs.len() * SOURCES.len())
+}

@@ -1,0 +1,183 @@
+//! The kernels by name, and the launch shapes that their notebooks ask for.
+
+use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Stream, args};
+use super::gemm::Out;
+use super::kernels;
+use super::load::GpuWeight;
+use crate::Result;
+use std::sync::Arc;
+
+/// Dynamic shared memory of the prefill attention: two double-buffered tiles of 64 rows, in bytes for each element of a
+/// row (padding included).
+pub const PREFILL_SHARED_PER_ELEMENT: usize = 512;
+
+/// Every kernel of a model with one head width.
+pub struct Kernels {
+    driver: Arc<dyn Driver>,
+    sm_count: usize,
+    /// `embed.cu`
+    pub embed: Function,
+    /// `norm.cu`
+    pub rms_norm: Function,
+    /// `norm.cu`
+    pub add_rms_norm: Function,
+    /// `gemv.cu`
+    pub gemv_bf16: Function,
+    /// `gemv.cu`
+    pub gemv_f32: Function,
+    /// `gemv.cu`
+    pub gemv_gate_up_silu: Function,
+    /// `gemv.cu`
+    pub gemv_qkv_rope: Function,
+    /// `qkv.cu`
+    pub qkv_rope: Function,
+    /// `activation.cu`
+    pub silu_mul: Function,
+    /// `activation.cu`
+    pub gather_rows: Function,
+    /// `sample.cu`
+    pub sample_partial: Function,
+    /// `attention_prefill.cu`
+    pub attention_prefill: Function,
+    /// `attention_decode.cu`
+    pub attention_decode: Function,
+    /// `attention_decode.cu`
+    pub attention_combine: Function,
+}
+
+impl Kernels {
+    /// Compiles what is not compiled yet and looks up every kernel.
+    ///
+    /// # Errors
+    /// A kernel cannot be compiled.
+    pub fn new(driver: &Arc<dyn Driver>, head_dim: usize) -> Result<Kernels> {
+        let get = |source, name: &str| driver.function(source, name);
+        let by_width = |source, name: &str| driver.function(source, &format!("{name}_{head_dim}"));
+        Ok(Kernels {
+            sm_count: driver.properties().sm_count as usize,
+            embed: get(&kernels::EMBED, "embed")?,
+            rms_norm: get(&kernels::NORM, "rms_norm")?,
+            add_rms_norm: get(&kernels::NORM, "add_rms_norm")?,
+            gemv_bf16: get(&kernels::GEMV, "gemv_bf16")?,
+            gemv_f32: get(&kernels::GEMV, "gemv_f32")?,
+            gemv_gate_up_silu: get(&kernels::GEMV, "gemv_gate_up_silu")?,
+            gemv_qkv_rope: get(&kernels::GEMV, "gemv_qkv_rope")?,
+            qkv_rope: get(&kernels::QKV, "qkv_rope")?,
+            silu_mul: get(&kernels::ACTIVATION, "silu_mul")?,
+            gather_rows: get(&kernels::ACTIVATION, "gather_rows")?,
+            sample_partial: get(&kernels::SAMPLE, "sample_partial")?,
+            attention_prefill: by_width(&kernels::ATTENTION_PREFILL, "attention_prefill")?,
+            attention_decode: by_width(&kernels::ATTENTION_DECODE, "attention_decode")?,
+            attention_combine: by_width(&kernels::ATTENTION_DECODE, "attention_combine")?,
+            driver: driver.clone(),
+        })
+    }
+
+    /// Launches a kernel of this module's; the arguments are those of its notebook.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn run(
+        &self,
+        kernel: Function,
+        launch: &Launch,
+        args: &[Arg],
+        stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: every caller is in this module's siblings, passes what the kernel's notebook lists, and keeps the
+        // buffers in an arena that outlives the stream's work.
+        unsafe { self.driver.launch(kernel, launch, args, stream) }
+    }
+
+    /// One thread for eight elements of rows of `width`.
+    pub fn elements(width: usize, rows: usize) -> Launch {
+        Launch {
+            grid: [width.div_ceil(8 * 256) as u32, rows as u32, 1],
+            block: [256, 1, 1],
+            shared: 0,
+        }
+    }
+
+    /// The launch rule of `gemv.cu` for products over `k`.
+    pub fn gemv_launch(&self, tiles: usize, k: usize) -> Launch {
+        gemv_launch(tiles, k, self.sm_count)
+    }
+
+    /// `y = x · wᵀ` for `m` ≤ 8 rows.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn gemv(
+        &self,
+        stream: Stream,
+        out: Out,
+        w: &GpuWeight,
+        x: DevicePtr,
+        y: DevicePtr,
+        m: usize,
+    ) -> Result<()> {
+        let (n, k, bias) = (w.rows, w.cols, DevicePtr(0));
+        let args = args![w.ptr, x, bias, y, m, n, k, k, n];
+        let kernel = if out == Out::F32 {
+            self.gemv_f32
+        } else {
+            self.gemv_bf16
+        };
+        self.run(
+            kernel,
+            &self.gemv_launch(w.rows.div_ceil(16), k),
+            &args,
+            stream,
+        )
+    }
+}
+
+/// Of 16 × 1, 8 × 2 and 4 × 4 warps a block × blocks a multiprocessor, the one whose fullest multiprocessor has the fewest
+/// tiles; the notebook in `gemv.cu` has the reasons.
+fn gemv_launch(tiles: usize, k: usize, sms: usize) -> Launch {
+    let tiles = tiles.max(1);
+    let order = if tiles <= sms { [16, 8, 4] } else { [8, 16, 4] };
+    let busy = |warps: &usize| *warps == 4 || *warps < 2 * k.div_ceil(256);
+    let shape = |warps: usize| {
+        let rounds = tiles.div_ceil(sms * 16 / warps);
+        let grid = tiles.div_ceil(rounds);
+        (tiles.div_ceil(grid) * grid.div_ceil(sms), grid, warps)
+    };
+    // `min_by_key` keeps the first of equals.
+    let best = order
+        .into_iter()
+        .filter(busy)
+        .map(shape)
+        .min_by_key(|s| s.0);
+    let (_, grid, warps) = best.unwrap_or((0, tiles, 4));
+    Launch::linear(grid, 32 * warps as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same rule as `tests/kernels/cases.py` has it, on an H200 and on the stand-in.
+    #[test]
+    fn the_gemv_launch_rule_is_that_of_the_kernel_tests() {
+        // (tiles, k, sms) → grid, threads, from running that file's `gemv_launch`.
+        let cases = [
+            ((288, 3584, 132), (96, 512)),
+            ((224, 18944, 132), (224, 256)),
+            ((2368, 3584, 132), (264, 256)),
+            ((9504, 3584, 132), (264, 256)),
+            ((36, 576, 132), (36, 128)),
+            ((512, 14784, 132), (256, 256)),
+            ((20, 64, 4), (10, 128)),
+            ((4, 32, 4), (4, 128)),
+            ((33, 1536, 4), (11, 128)),
+        ];
+        for ((tiles, k, sms), (grid, threads)) in cases {
+            assert_eq!(
+                gemv_launch(tiles, k, sms),
+                Launch::linear(grid, threads),
+                "{tiles} {k} {sms}"
+            );
+        }
+    }
+}

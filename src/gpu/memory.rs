@@ -1,0 +1,221 @@
+//! Owned device and pinned memory: returned when dropped, every range checked.
+
+use super::driver::{DevicePtr, Driver, Event, Pinned, Stream};
+use crate::{Error, Result};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Device memory that is returned when dropped.
+///
+/// Whoever drops it has synchronized the streams that use it, as [`super::GpuBackend`] does when it is dropped.
+pub struct DeviceBuffer {
+    driver: Arc<dyn Driver>,
+    ptr: DevicePtr,
+    bytes: usize,
+}
+
+impl DeviceBuffer {
+    /// Allocates `bytes`; `what` it is for goes into the error message.
+    ///
+    /// # Errors
+    /// The device has not that much left.
+    pub fn new(driver: &Arc<dyn Driver>, bytes: usize, what: &str) -> Result<Self> {
+        let ptr = driver
+            .alloc(bytes.max(1))
+            .map_err(|e| Error::failed(format_args!("{what}: {e}")))?;
+        Ok(DeviceBuffer {
+            driver: driver.clone(),
+            ptr,
+            bytes,
+        })
+    }
+
+    /// Where it begins.
+    pub fn ptr(&self) -> DevicePtr {
+        self.ptr
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The address of a range of it.
+    ///
+    /// # Errors
+    /// The range is not inside.
+    pub fn range(&self, range: Range<usize>) -> Result<DevicePtr> {
+        check(&range, self.bytes, "device memory")?;
+        Ok(self.ptr.offset(range.start))
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        // SAFETY: `ptr` is this buffer's own, and its users have been synchronized (see the type).
+        let freed = unsafe { self.driver.free(self.ptr) };
+        if let Err(e) = freed {
+            tracing::debug!("{e}");
+        }
+    }
+}
+
+/// Page-locked host memory that is returned when dropped; as for [`DeviceBuffer`], its users have been synchronized.
+pub struct PinnedBuffer {
+    driver: Arc<dyn Driver>,
+    ptr: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the memory belongs to this value alone; sharing follows the borrow of the value.
+unsafe impl Send for PinnedBuffer {}
+// SAFETY: as above.
+unsafe impl Sync for PinnedBuffer {}
+
+impl PinnedBuffer {
+    /// Allocates `bytes`; `what` it is for goes into the error message.
+    ///
+    /// # Errors
+    /// The host has not that much left, or not that much may be locked.
+    pub fn new(driver: &Arc<dyn Driver>, bytes: usize, kind: Pinned, what: &str) -> Result<Self> {
+        let failed = |e| Error::failed(format_args!("{what}: {e}"));
+        let ptr = driver.alloc_pinned(bytes.max(1), kind).map_err(failed)?;
+        // SAFETY: just allocated, `bytes` long.
+        unsafe { ptr.write_bytes(0, bytes) };
+        Ok(PinnedBuffer {
+            driver: driver.clone(),
+            ptr,
+            bytes,
+        })
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The contents; pending copies into it have been waited for.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: allocated with this length, zeroed, and owned.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.bytes) }
+    }
+
+    /// The contents; pending copies out of it have been waited for.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_slice`, borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
+    }
+
+    /// Enqueues a copy of `range` to the beginning of `dst`'s range of the same length.
+    ///
+    /// # Errors
+    /// A range that is not inside, or a failed copy.
+    pub fn upload(
+        &self,
+        range: Range<usize>,
+        dst: &DeviceBuffer,
+        at: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        check(&range, self.bytes, "pinned memory")?;
+        let bytes = range.len();
+        let to = dst.range(at..at.saturating_add(bytes))?;
+        // SAFETY: both ranges were checked; both buffers outlive the work on them (see the types).
+        unsafe {
+            self.driver
+                .upload(to, self.ptr.add(range.start), bytes, stream)
+        }
+    }
+
+    /// Enqueues a copy of `src` from `at` on into `range`.
+    ///
+    /// # Errors
+    /// A range that is not inside, or a failed copy.
+    pub fn download(
+        &mut self,
+        range: Range<usize>,
+        src: &DeviceBuffer,
+        at: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        check(&range, self.bytes, "pinned memory")?;
+        let bytes = range.len();
+        let from = src.range(at..at.saturating_add(bytes))?;
+        // SAFETY: as in `upload`.
+        unsafe {
+            self.driver
+                .download(self.ptr.add(range.start), from, bytes, stream)
+        }
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        // SAFETY: `ptr` is this buffer's own, and its users have been synchronized (see the type).
+        let freed = unsafe { self.driver.free_pinned(self.ptr) };
+        if let Err(e) = freed {
+            tracing::debug!("{e}");
+        }
+    }
+}
+
+/// An event that is destroyed when dropped.
+pub struct OwnedEvent {
+    driver: Arc<dyn Driver>,
+    event: Event,
+}
+
+impl OwnedEvent {
+    /// A new event, already complete.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn new(driver: &Arc<dyn Driver>, timing: bool) -> Result<Self> {
+        Ok(OwnedEvent {
+            driver: driver.clone(),
+            event: driver.create_event(timing)?,
+        })
+    }
+
+    /// Completes when the work now on `stream` has.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn record(&self, stream: Stream) -> Result<()> {
+        self.driver.record(self.event, stream)
+    }
+
+    /// The calling thread waits for it.
+    ///
+    /// # Errors
+    /// Those of the driver, or of the work waited for.
+    pub fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize_event(self.event)
+    }
+
+    /// Milliseconds from `earlier` to this one, both complete and made for timing.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn ms_since(&self, earlier: &OwnedEvent) -> Result<f32> {
+        self.driver.elapsed_ms(earlier.event, self.event)
+    }
+}
+
+impl Drop for OwnedEvent {
+    fn drop(&mut self) {
+        if let Err(e) = self.driver.destroy_event(self.event) {
+            tracing::debug!("{e}");
+        }
+    }
+}
+
+fn check(range: &Range<usize>, bytes: usize, what: &str) -> Result<()> {
+    if range.start <= range.end && range.end <= bytes {
+        return Ok(());
+    }
+    let (start, end) = (range.start, range.end);
+    Err(Error::failed(format_args!(
+        "internal error: bytes {start}..{end} of {bytes} bytes of {what}"
+    )))
+}

@@ -1,0 +1,36 @@
+//! The GPU path: one small driver interface, the kernels, and the forward pass's operations over them.
+//!
+//! Everything that runs on the device goes through [`Driver`]; the CUDA driver is one implementation of it, the stand-in
+//! that runs on the CPU for tests the other.
+
+pub mod arena;
+mod backend;
+pub mod cache;
+pub mod collective;
+pub mod cublaslt;
+pub mod cuda;
+pub mod driver;
+pub mod gemm;
+pub mod geometry;
+mod graphs;
+pub mod kernels;
+mod launch;
+pub mod libraries;
+pub mod load;
+pub mod memory;
+pub mod nccl;
+pub mod nvrtc;
+mod one_shot;
+mod rank;
+#[cfg(test)]
+pub mod standin;
+mod step;
+
+#[cfg(test)]
+mod tests;
+
+pub use arena::Limits;
+pub use backend::{GpuBackend, GpuBuf, kv_bytes};
+pub use driver::Driver;
+pub use geometry::Geometry;
+pub use rank::{LoadedRank, Parts, build_kernels, load_rank};

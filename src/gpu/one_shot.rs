@@ -1,0 +1,267 @@
+//! The all-reduce of decode-size messages over peer memory, in one kernel with the residual add and the norm that follow.
+//!
+//! Every rank maps the others' inboxes (CUDA IPC) and its kernel writes straight into them. Whatever it does not serve
+//! goes to the collective beneath: longer messages, ranks on several hosts, GPUs that cannot map each other's memory.
+
+use super::collective::{DeviceCollective, Element, FusedNorm};
+use super::driver::{DevicePtr, Driver, Function, IpcHandle, Launch, Pinned, Stream, args};
+use super::kernels;
+use super::memory::{DeviceBuffer, PinnedBuffer};
+use crate::comm::HostCollective;
+use crate::{Error, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Rows of a message; beyond, the library's ring moves fewer bytes.
+pub const MAX_ROWS: usize = 8;
+/// The driver shares memory in whole pages of this.
+const PAGE: usize = 2 << 20;
+
+/// Peer inboxes, mapped by every rank.
+pub struct OneShot {
+    beneath: Box<dyn DeviceCollective>,
+    driver: Arc<dyn Driver>,
+    kernel: Function,
+    rank: usize,
+    size: usize,
+    hidden: usize,
+    timeout_ms: u32,
+    /// Keeps this rank's inbox.
+    _inbox: DeviceBuffer,
+    imported: Vec<DevicePtr>,
+    /// Where every rank's inbox is for this device.
+    table: DeviceBuffer,
+    epochs: DeviceBuffer,
+    /// The rank + 1 of a peer that did not answer.
+    lost: PinnedBuffer,
+}
+
+/// What one rank tells the others about its inbox.
+struct Offer {
+    host: u64,
+    handle: Option<IpcHandle>,
+}
+
+impl OneShot {
+    /// Maps the other ranks' inboxes. Where any rank cannot, all of them stay with `beneath`, and rank 0 says why.
+    ///
+    /// # Errors
+    /// A lost rank or device.
+    pub fn over(
+        beneath: Box<dyn DeviceCollective>,
+        driver: &Arc<dyn Driver>,
+        ranks: &mut dyn HostCollective,
+        hidden: usize,
+        timeout_ms: u32,
+        stream: Stream,
+    ) -> Result<Box<dyn DeviceCollective>> {
+        let (rank, size) = (ranks.rank(), ranks.size());
+        // Two halves, and for each rank and row two words with their marks in 16 bytes.
+        let bytes = 2 * size * MAX_ROWS * (hidden / 4) * 16;
+        let inbox = DeviceBuffer::new(driver, bytes.next_multiple_of(PAGE), "all-reduce inbox")?;
+        let table = DeviceBuffer::new(driver, size * 8, "all-reduce table")?;
+        let epochs = DeviceBuffer::new(driver, MAX_ROWS * 4, "all-reduce epochs")?;
+        for buffer in [&inbox, &epochs] {
+            // SAFETY: inside the buffer, which outlives the stream's work.
+            unsafe { driver.fill(buffer.ptr(), 0, buffer.bytes(), stream) }?;
+        }
+        driver.synchronize(stream)?;
+
+        let exported = driver.export(inbox.ptr());
+        let offers = Offer::exchange(exported.as_ref().ok(), ranks)?;
+        let one_host = offers.iter().all(|o| o.host == offers[0].host);
+        let mut problem = match (&exported, one_host) {
+            (Err(e), _) => Some(e.clone()),
+            (_, false) => Some(Error::failed("the ranks are on several hosts")),
+            _ => None,
+        };
+        let everybody = one_host && offers.iter().all(|o| o.handle.is_some());
+        let mut pointers = Vec::new();
+        let mut imported = Vec::new();
+        for (r, offer) in offers.iter().enumerate().filter(|_| everybody) {
+            match &offer.handle {
+                _ if r == rank => pointers.push(inbox.ptr().0),
+                Some(handle) => match driver.import(handle) {
+                    Ok(ptr) => {
+                        imported.push(ptr);
+                        pointers.push(ptr.0);
+                    }
+                    Err(e) => problem = Some(e),
+                },
+                None => {}
+            }
+        }
+        // All or none: the ranks have to take the same way.
+        let agreed = ranks_agree(ranks, pointers.len() == size)?;
+        if !agreed {
+            close(driver, &imported);
+            if rank == 0 {
+                let why = problem.map_or_else(|| "another rank cannot".into(), |e| e.to_string());
+                tracing::warn!(
+                    "decode sums over ranks by {}, which takes longer: no peer memory ({why})",
+                    beneath.name()
+                );
+            }
+            return Ok(beneath);
+        }
+        let mut staging = PinnedBuffer::new(driver, size * 8, Pinned::Cached, "all-reduce table")?;
+        staging
+            .as_mut_slice()
+            .copy_from_slice(bytemuck::cast_slice(&pointers));
+        staging.upload(0..size * 8, &table, 0, stream)?;
+        driver.synchronize(stream)?;
+        let lost = PinnedBuffer::new(driver, 4, Pinned::Cached, "all-reduce status")?;
+        let kernel = driver.function(&kernels::ALL_REDUCE, "all_reduce_add_rms_norm")?;
+        let driver = driver.clone();
+        let _inbox = inbox;
+        Ok(Box::new(OneShot {
+            beneath,
+            driver,
+            kernel,
+            rank,
+            size,
+            hidden,
+            timeout_ms,
+            _inbox,
+            imported,
+            table,
+            epochs,
+            lost,
+        }))
+    }
+
+    fn check_lost(&self) -> Result<()> {
+        let word = self.lost.as_slice().as_ptr().cast::<AtomicU32>();
+        // SAFETY: four aligned bytes of this value's own, which the device may write at any time.
+        match unsafe { &*word }.load(Ordering::Acquire) {
+            0 => Ok(()),
+            peer => Err(Error::failed(format_args!(
+                "rank {} did not take part in a sum over ranks within {} s",
+                peer - 1,
+                self.timeout_ms / 1000
+            ))),
+        }
+    }
+}
+
+impl DeviceCollective for OneShot {
+    fn name(&self) -> &'static str {
+        "peer memory"
+    }
+
+    unsafe fn all_reduce(
+        &mut self,
+        x: DevicePtr,
+        n: usize,
+        element: Element,
+        stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.beneath.all_reduce(x, n, element, stream) }
+    }
+
+    unsafe fn all_gather(
+        &mut self,
+        local: DevicePtr,
+        counts: &[usize],
+        out: DevicePtr,
+        stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.beneath.all_gather(local, counts, out, stream) }
+    }
+
+    unsafe fn all_reduce_add_norm(&mut self, f: &FusedNorm, stream: Stream) -> Result<bool> {
+        if f.rows > MAX_ROWS || f.hidden != self.hidden {
+            return Ok(false);
+        }
+        let lost = DevicePtr(self.lost.as_slice().as_ptr() as u64);
+        let args = args![
+            f.partial,
+            f.x,
+            f.weight,
+            f.h,
+            self.table.ptr(),
+            self.epochs.ptr(),
+            lost,
+            self.rank,
+            self.size,
+            MAX_ROWS,
+            f.hidden,
+            f.eps,
+            self.timeout_ms
+        ];
+        let threads = (f.hidden / 8).next_multiple_of(32).min(1024);
+        let launch = Launch::linear(f.rows, threads as u32);
+        // SAFETY: the parameters of all_reduce.cu; the buffers are the caller's and this value's own.
+        unsafe { self.driver.launch(self.kernel, &launch, &args, stream) }?;
+        Ok(true)
+    }
+
+    fn synchronize(&mut self, stream: Stream) -> Result<()> {
+        let done = self.beneath.synchronize(stream);
+        self.check_lost()?;
+        done
+    }
+
+    fn abandon(&mut self) {
+        self.beneath.abandon();
+    }
+}
+
+impl Drop for OneShot {
+    fn drop(&mut self) {
+        close(&self.driver, &self.imported);
+    }
+}
+
+fn close(driver: &Arc<dyn Driver>, imported: &[DevicePtr]) {
+    for &ptr in imported {
+        // SAFETY: imported above; whoever drops a collective has synchronized the device.
+        if let Err(e) = unsafe { driver.close_import(ptr) } {
+            tracing::debug!("{e}");
+        }
+    }
+}
+
+impl Offer {
+    /// Every rank's offer, in rank order.
+    fn exchange(mine: Option<&IpcHandle>, ranks: &mut dyn HostCollective) -> Result<Vec<Offer>> {
+        // The machine's own id: handles mean nothing on another.
+        let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let mut bytes = super::cache::fnv1a(&[&boot]).to_le_bytes().to_vec();
+        bytes.push(u8::from(mine.is_some()));
+        bytes.extend(mine.map_or([0; 64], |h| h.0));
+        let all = exchange_bytes(ranks, &bytes)?;
+        let offer = |bytes: &[u8]| Offer {
+            host: bytes[..8]
+                .iter()
+                .rev()
+                .fold(0, |x, &b| x << 8 | u64::from(b)),
+            handle: (bytes[8] == 1).then(|| IpcHandle(std::array::from_fn(|i| bytes[9 + i]))),
+        };
+        Ok(all.chunks_exact(bytes.len()).map(offer).collect())
+    }
+}
+
+/// Every rank's bytes, in rank order; each gives equally many.
+///
+/// # Errors
+/// A lost rank.
+pub fn exchange_bytes(ranks: &mut dyn HostCollective, mine: &[u8]) -> Result<Vec<u8>> {
+    // The ranks' collective speaks f32, which holds a byte exactly.
+    let local: Vec<f32> = mine.iter().map(|&b| f32::from(b)).collect();
+    let mut all = vec![0.0; mine.len() * ranks.size()];
+    ranks.all_gather(&local, &vec![mine.len(); ranks.size()], &mut all)?;
+    Ok(all.into_iter().map(|b| b as u8).collect())
+}
+
+/// Whether `mine` is true on every rank.
+///
+/// # Errors
+/// A lost rank.
+pub fn ranks_agree(ranks: &mut dyn HostCollective, mine: bool) -> Result<bool> {
+    Ok(exchange_bytes(ranks, &[u8::from(mine)])?
+        .iter()
+        .all(|&b| b == 1))
+}

@@ -1,0 +1,195 @@
+//! One GPU rank from its parts: a device, its libraries, its weights, ready to step.
+
+use super::backend::{GpuBackend, GpuBuf};
+use super::cache::Cache;
+use super::collective::{DeviceCollective, Solo};
+use super::cublaslt::CublasLt;
+use super::cuda::Cuda;
+use super::driver::{Driver, Stream};
+use super::gemm::Gemm;
+use super::geometry::Geometry;
+use super::load::{self, GpuWeight};
+use super::nccl::{Library, Nccl, UniqueId};
+use super::one_shot::{OneShot, exchange_bytes, ranks_agree};
+use super::{Limits, kernels};
+use crate::comm::HostCollective;
+use crate::config::ModelConfig;
+use crate::model::{Activations, Qwen};
+use crate::plan::Shard;
+use crate::weights::{Dtype, LoadStats, Source};
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// What a rank's backend is made of.
+pub struct Parts {
+    /// The device.
+    pub driver: Arc<dyn Driver>,
+    /// Large products on it.
+    pub gemm: Box<dyn Gemm>,
+    /// The other ranks.
+    pub comm: Box<dyn DeviceCollective>,
+    /// All work goes here.
+    pub stream: Stream,
+}
+
+/// A peer that does not answer for this long is lost.
+const TIMEOUT_MS: u32 = 8_000;
+
+impl Parts {
+    /// A device and its libraries; `ranks` is the way to the other ranks, `None` for one rank alone.
+    ///
+    /// `hidden` is the width of the residual stream, whose sums over ranks go over peer memory where they can.
+    ///
+    /// # Errors
+    /// A library that is missing or too old, on any rank, or ranks that do not meet.
+    pub fn cuda(
+        device: Cuda,
+        ranks: Option<Box<dyn HostCollective>>,
+        hidden: usize,
+    ) -> Result<Parts> {
+        let driver: Arc<dyn Driver> = Arc::new(device);
+        let stream = driver.create_stream()?;
+        let gemm = Box::new(CublasLt::open()?);
+        let Some(mut ranks) = ranks else {
+            let comm = Box::new(Solo(driver.clone()));
+            return Ok(Parts {
+                driver,
+                gemm,
+                comm,
+                stream,
+            });
+        };
+        // Only when it is there on every rank does anybody begin to wait for the others in it.
+        let library = Library::open();
+        if !ranks_agree(&mut *ranks, library.is_ok())? {
+            let elsewhere = || Error::failed("NCCL is missing on another rank");
+            return Err(library.err().unwrap_or_else(elsewhere));
+        }
+        let library = library?;
+        let mine = if ranks.rank() == 0 {
+            library.unique_id()?.0
+        } else {
+            [0; 128]
+        };
+        let ids = exchange_bytes(&mut *ranks, &mine)?;
+        let id = UniqueId(std::array::from_fn(|i| ids[i]));
+        let nccl = Nccl::join(library, id, ranks.rank(), ranks.size(), driver.clone())?;
+        let comm = OneShot::over(
+            Box::new(nccl),
+            &driver,
+            &mut *ranks,
+            hidden,
+            TIMEOUT_MS,
+            stream,
+        )?;
+        Ok(Parts {
+            driver,
+            gemm,
+            comm,
+            stream,
+        })
+    }
+
+    /// The stand-in `device`; as for [`Parts::cuda`] otherwise.
+    ///
+    /// # Errors
+    /// Those of the stand-in.
+    #[cfg(test)]
+    pub fn standin(
+        device: &Arc<super::standin::Standin>,
+        ranks: Option<Box<dyn HostCollective>>,
+        hidden: usize,
+    ) -> Result<Parts> {
+        use std::sync::{Mutex, PoisonError};
+        let driver: Arc<dyn Driver> = device.clone();
+        let stream = driver.create_stream()?;
+        let comm: Box<dyn DeviceCollective> = match ranks {
+            None => Box::new(Solo(driver.clone())),
+            Some(ranks) => {
+                let ranks = Arc::new(Mutex::new(ranks));
+                let host = super::collective::HostRanks::new(device.clone(), ranks.clone());
+                let mut ranks = ranks.lock().unwrap_or_else(PoisonError::into_inner);
+                let timeout_ms = device.patience().as_millis() as u32;
+                OneShot::over(
+                    Box::new(host),
+                    &driver,
+                    &mut **ranks,
+                    hidden,
+                    timeout_ms,
+                    stream,
+                )?
+            }
+        };
+        let gemm = Box::new(super::gemm::HostGemm(device.clone()));
+        Ok(Parts {
+            driver,
+            gemm,
+            comm,
+            stream,
+        })
+    }
+}
+
+/// A loaded rank.
+pub struct LoadedRank {
+    /// Runs the forward pass.
+    pub backend: GpuBackend,
+    /// The weights by name.
+    pub model: Qwen<GpuWeight>,
+    /// The step buffers.
+    pub activations: Activations<GpuBuf>,
+    /// What the load took.
+    pub stats: LoadStats,
+}
+
+/// Loads one rank's slices and makes everything ready to step.
+///
+/// # Errors
+/// A model that the kernels do not take, too little memory, or files that fail.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is another thing; a struct would only rename them"
+)]
+pub fn load_rank(
+    config: &ModelConfig,
+    source: Source<'_>,
+    dtype: Dtype,
+    shard: &Shard,
+    limits: Limits,
+    parts: Parts,
+    threads: usize,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<LoadedRank> {
+    let geometry = Geometry::new(config, shard)?;
+    let matrices = shard.matrices(config, dtype);
+    if dtype != Dtype::Bf16 && shard.tp_rank == 0 {
+        tracing::warn!("the checkpoint is {dtype}; on the GPU its weights are rounded to bf16");
+    }
+    let (memory, weights, stats) = load::load(
+        &parts.driver,
+        source,
+        &matrices,
+        &geometry,
+        threads,
+        parts.stream,
+        progress,
+    )?;
+    let model = Qwen::assemble(config, |name| load::take(&weights, name))?;
+    let (backend, activations) = GpuBackend::new(config, geometry, limits, parts, memory)?;
+    Ok(LoadedRank {
+        backend,
+        model,
+        activations,
+        stats,
+    })
+}
+
+/// `tandem kernels build`: fills the user's cache for architectures such as `sm_80`, without a GPU.
+///
+/// # Errors
+/// No cache folder can be found, or those of [`kernels::build`].
+pub fn build_kernels(archs: &[String]) -> Result<(usize, Cache)> {
+    let nowhere = || Error::failed("no folder for compiled kernels: set XDG_CACHE_HOME or HOME");
+    let cache = Cache::of_user().ok_or_else(nowhere)?;
+    kernels::build(archs, &cache).map(|n| (n, cache))
+}

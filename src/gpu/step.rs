@@ -1,0 +1,175 @@
+//! The step at hand: its counts, and where its description lies on the device.
+
+use super::driver::DevicePtr;
+use crate::model::{Batch, BatchSeq, KV_BLOCK};
+
+/// Counts of a step, and the addresses of its tables.
+#[derive(Debug, Clone, Copy)]
+pub struct Step {
+    /// Tokens.
+    pub n_tokens: usize,
+    /// Sequences.
+    pub n_seqs: usize,
+    /// Rows of logits.
+    pub n_wanted: usize,
+    /// Most tokens that a sequence has in this step.
+    pub longest: usize,
+    /// Parts that attention cuts the cached tokens into.
+    pub splits: usize,
+    /// u32 `[n_tokens]`
+    pub tokens: DevicePtr,
+    /// u32 `[n_tokens]`
+    pub positions: DevicePtr,
+    /// u32 `[n_tokens]`: block · 16 + place in it.
+    pub slots: DevicePtr,
+    /// `Seq [n_seqs]` of `common.cuh`.
+    pub seqs: DevicePtr,
+    /// u32 `[n_wanted]`
+    pub rows: DevicePtr,
+    /// The block tables back to back: rows of one block, of which a sequence's `table_row` is the first.
+    pub tables: DevicePtr,
+}
+
+/// What decides the launches of a decode step: steps with the same key differ in the contents of their tables only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DecodeKey {
+    n_seqs: usize,
+    splits: usize,
+}
+
+impl DecodeKey {
+    /// Sequences of the step.
+    pub fn n_seqs(&self) -> usize {
+        self.n_seqs
+    }
+}
+
+impl Step {
+    /// No step yet; tables will lie at `at`.
+    pub fn none(at: DevicePtr) -> Step {
+        Step {
+            n_tokens: 0,
+            n_seqs: 0,
+            n_wanted: 0,
+            longest: 0,
+            splits: 1,
+            tokens: at,
+            positions: at,
+            slots: at,
+            seqs: at,
+            rows: at,
+            tables: at,
+        }
+    }
+
+    /// Writes the description of `batch` into `words`, whose copy lies at `at` on the device; the step and the number of
+    /// words. `max_splits` is how far one sequence's attention should be cut up to fill the device.
+    pub fn describe(
+        batch: &Batch,
+        words: &mut [u32],
+        at: DevicePtr,
+        max_splits: usize,
+    ) -> (Step, usize) {
+        let mut n = 0;
+        let mut put = |values: &mut dyn Iterator<Item = u32>| {
+            let begin = at.offset(4 * n);
+            for value in values {
+                words[n] = value;
+                n += 1;
+            }
+            begin
+        };
+        // Sequences first: they are read 16 bytes at a time. Tables last: all else has its place by the counts alone.
+        let mut table_row = 0;
+        let seqs = put(&mut batch.seqs.iter().flat_map(|s| {
+            let row = table_row;
+            table_row += s.blocks.len() as u32;
+            [s.start as u32, s.len as u32, s.context_len as u32, row]
+        }));
+        let tokens = put(&mut batch.tokens.iter().copied());
+        let positions = put(&mut batch.positions.iter().copied());
+        let slots = put(&mut batch.seqs.iter().flat_map(|s| {
+            let slot = |p: usize| s.blocks[p / KV_BLOCK] * KV_BLOCK as u32 + (p % KV_BLOCK) as u32;
+            (s.context_len - s.len..s.context_len).map(slot)
+        }));
+        let rows = put(&mut batch.logit_rows.iter().copied());
+        let tables = put(&mut batch.seqs.iter().flat_map(|s| s.blocks.iter().copied()));
+        let longest = |f: fn(&BatchSeq) -> usize| batch.seqs.iter().map(f).max().unwrap_or(0);
+        let step = Step {
+            n_tokens: batch.tokens.len(),
+            n_seqs: batch.seqs.len(),
+            n_wanted: batch.logit_rows.len(),
+            longest: longest(|s| s.len),
+            splits: splits(longest(|s| s.context_len), batch.seqs.len(), max_splits),
+            tokens,
+            positions,
+            slots,
+            seqs,
+            rows,
+            tables,
+        };
+        (step, n)
+    }
+
+    /// The key of a step in which every sequence has one token and wants its logits.
+    pub fn decode_key(&self) -> Option<DecodeKey> {
+        let one_each = self.longest == 1 && self.n_wanted == self.n_seqs;
+        one_each.then_some(DecodeKey {
+            n_seqs: self.n_seqs,
+            splits: self.splits,
+        })
+    }
+}
+
+/// The launch rule of `attention_decode.cu`, in powers of two so that few different graphs are needed while contexts grow.
+fn splits(longest_context: usize, n_seqs: usize, max_splits: usize) -> usize {
+    let (long, short) = (
+        longest_context.div_ceil(128).max(16),
+        longest_context.div_ceil(64),
+    );
+    let useful = long.min(short).next_power_of_two();
+    useful.min(max_splits / n_seqs.max(1)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_description_says_where_everything_is() {
+        let seq = |start, len, context_len, blocks: &[u32]| BatchSeq {
+            start,
+            len,
+            context_len,
+            blocks: blocks.to_vec(),
+        };
+        let batch = Batch {
+            tokens: vec![5, 6, 7],
+            positions: vec![15, 16, 3],
+            seqs: vec![seq(0, 2, 17, &[9, 4]), seq(2, 1, 4, &[2])],
+            logit_rows: vec![1, 2],
+        };
+        let mut words = [0; 32];
+        let (step, n) = Step::describe(&batch, &mut words, DevicePtr(1000), 8);
+        let at = |p: DevicePtr, n: usize| words[(p.0 as usize - 1000) / 4..][..n].to_vec();
+        assert_eq!(at(step.seqs, 8), [0, 2, 17, 0, 2, 1, 4, 2]);
+        assert_eq!(at(step.tokens, 3), [5, 6, 7]);
+        assert_eq!(at(step.positions, 3), [15, 16, 3]);
+        assert_eq!(at(step.slots, 3), [9 * 16 + 15, 4 * 16, 2 * 16 + 3]);
+        assert_eq!(at(step.rows, 2), [1, 2]);
+        assert_eq!(at(step.tables, 3), [9, 4, 2]);
+        assert_eq!((n, step.longest, step.decode_key()), (22, 2, None));
+    }
+
+    #[test]
+    fn splits_fill_the_device_and_change_seldom() {
+        assert_eq!(splits(1, 1, 66), 1);
+        assert_eq!(splits(65, 1, 66), 2);
+        assert_eq!(splits(1024, 1, 66), 16);
+        assert_eq!(splits(2048, 1, 66), 16);
+        assert_eq!(splits(2049, 1, 66), 32);
+        assert_eq!(splits(100_000, 1, 66), 66);
+        assert_eq!(splits(100_000, 8, 66), 8);
+        assert_eq!(splits(100_000, 100, 66), 1);
+    }
+}
