@@ -5,6 +5,9 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`cli`] | what was typed; touches no file and no device |
+//! | [`commands`] | the subcommands, one file each |
+//! | [`session`] | from flags to a loaded model on every rank |
 //! | [`config`] | what the model is: `config.json`, validated, or a named shape |
 //! | [`world`] | who am I among the ranks, how do we meet, how do we end together |
 //! | [`plan`] | what each rank will do: shards, bytes, predicted speed; pure |
@@ -15,17 +18,26 @@
 //! | [`model`] | the one forward pass, over any backend, and the paged KV cache |
 //! | [`engine`] | schedule → forward → sample → emit |
 //! | [`text`] | tokenizer, chat template, streamed detokenization, stop strings |
+//! | [`output`] | the answer on stdout, the summary on stderr |
+//! | [`doctor`] | what this machine offers, what is missing |
+//! | [`logging`] | log lines tagged with rank and host, the progress bar |
 //! | [`error`] | the one error type |
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod comm;
+pub mod commands;
 pub mod config;
 pub mod cpu;
+pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod gpu;
+pub mod logging;
 pub mod model;
+pub mod output;
 pub mod plan;
+pub mod session;
 pub mod text;
 pub mod weights;
 pub mod world;

@@ -1,2 +1,57 @@
 //! Parse, run, and be the only place that prints errors and sets exit codes.
-fn main() {}
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use std::process::ExitCode;
+use tandem::cli::Cli;
+use tandem::world::{World, WorldFlags};
+use tandem::{Error, commands, logging};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return not_understood(&e),
+    };
+    logging::init(cli.verbose);
+    match commands::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // A rank whose error rank 0 shows leaves quietly.
+            if !matches!(e, Error::Told(_)) {
+                eprintln!("tandem: {e}");
+            }
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+/// Help and version go to stdout; a mistake is one line, shown by one rank.
+fn not_understood(e: &clap::Error) -> ExitCode {
+    match e.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A closed pipe (`tandem --help | head`) is no failure of help.
+            let _ = e.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            eprintln!("tandem: no command given; see tandem --help");
+            ExitCode::from(2)
+        }
+        _ => {
+            let world = World::detect(&WorldFlags::default(), &|name| std::env::var(name).ok());
+            if world.map_or(0, |w| w.rank) == 0 {
+                eprintln!(
+                    "tandem: {}; see tandem --help",
+                    first_paragraph(&e.to_string())
+                );
+            }
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn first_paragraph(text: &str) -> String {
+    let lines = text.lines().take_while(|l| !l.trim().is_empty());
+    let line = lines.map(str::trim).collect::<Vec<_>>().join(" ");
+    line.trim_start_matches("error: ").to_string()
+}

@@ -1,0 +1,267 @@
+//! What was typed; touches no file and no device.
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// tandem runs a Qwen model across all the GPUs, or CPU ranks, of an allocation.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tandem",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Say more on stderr (-v what happens, -vv every step)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer a prompt
+    Generate(GenerateArgs),
+    /// Talk with the model, turn by turn
+    Chat(ChatArgs),
+    /// Show what every rank would hold and how fast it should be, without loading anything
+    Plan(PlanArgs),
+    /// Show what this machine offers: CPU, memory, launcher, CUDA libraries, GPUs
+    Doctor(DoctorArgs),
+    /// Compile the GPU kernels ahead of time, on a machine without a GPU (a login node)
+    Kernels(KernelsArgs),
+    /// Print the completion script of a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// The GPUs when there are any, else the CPU
+    Auto,
+    /// The CPU cores of this process's affinity mask
+    Cpu,
+    /// One NVIDIA GPU a rank
+    Cuda,
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Weights {
+    /// The checkpoint in the model folder
+    Checkpoint,
+    /// Reproducible random numbers; --model may then name a shape (qwen2.5-72b)
+    Random,
+}
+
+/// The model and the ranks that run it.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// Model folder as downloaded (config.json, *.safetensors, tokenizer.json)
+    #[arg(short, long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Start this many ranks on this machine (under srun or mpirun the launcher decides)
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// Where the weights come from
+    #[arg(long, value_enum, default_value_t = Weights::Checkpoint)]
+    pub weights: Weights,
+    /// Host memory that a rank may use, e.g. 40GiB [default: what the job's limit leaves]
+    #[arg(long, value_name = "SIZE")]
+    pub host_memory: Option<String>,
+    /// Seconds to wait for all ranks to arrive
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub rendezvous_timeout: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub rank: RankArgs,
+}
+
+/// Set by `--ranks` for the ranks it starts, or by hand where no launcher is known.
+#[derive(Debug, Args)]
+pub struct RankArgs {
+    /// This process's rank
+    #[arg(long, hide = true, requires = "world_size")]
+    pub rank: Option<usize>,
+    /// Number of ranks
+    #[arg(long, hide = true, requires = "rank")]
+    pub world_size: Option<usize>,
+    /// Rank 0's address
+    #[arg(long, hide = true, value_name = "HOST:PORT")]
+    pub rendezvous: Option<String>,
+}
+
+/// How tokens are chosen; what is not given comes from the model's generation_config.json.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Longest answer, in tokens [default: 1024, as far as the context allows]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Randomness; 0 always takes the most likely token
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Choose among the K most likely tokens; 0 is all
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Choose among the most likely tokens that make up this probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Drop tokens below this fraction of the most likely one's probability
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Make tokens already seen less likely; 1 changes nothing
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// Seed of the random draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// End the answer before this text (may be repeated)
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Go on past the model's stop tokens
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+/// `tandem generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// The prompt [default: stdin]
+    #[arg(short, long, value_name = "TEXT", group = "source")]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file (- is stdin)
+    #[arg(long, value_name = "FILE", group = "source")]
+    pub prompt_file: Option<PathBuf>,
+    /// Read a conversation from a JSON file: a list of {"role", "content"} messages
+    #[arg(long, value_name = "FILE", group = "source")]
+    pub messages: Option<PathBuf>,
+    /// Answer every line of a file as one batch; the output is one JSON object a line, in the file's order
+    ///
+    /// A line is a JSON object with "prompt" or "messages" (its other keys are copied to the output), a JSON string,
+    /// or plain text.
+    #[arg(long, value_name = "FILE", group = "source", verbatim_doc_comment)]
+    pub prompts: Option<PathBuf>,
+    /// Use N made-up tokens as the prompt, to measure (needs no tokenizer)
+    #[arg(long, value_name = "N", group = "source")]
+    pub prompt_tokens: Option<usize>,
+    /// Put the prompt through the model's chat template as the user's message
+    #[arg(long)]
+    pub chat: bool,
+    /// System message (implies --chat)
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Tools for the chat template: a JSON file with a list of function schemas (implies --chat)
+    #[arg(long, value_name = "FILE")]
+    pub tools: Option<PathBuf>,
+    /// Let the model think first, where its template knows the switch (Qwen3)
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub enable_thinking: Option<bool>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+    /// Add each token's log-probability to the JSON
+    #[arg(long)]
+    pub logprobs: bool,
+}
+
+/// `tandem chat`.
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Let the model think first, where its template knows the switch (Qwen3)
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub enable_thinking: Option<bool>,
+    /// Longest conversation, in tokens [default: the model's, as far as memory allows]
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
+}
+
+/// `tandem plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Model folder, or a published shape such as qwen2.5-72b
+    #[arg(short, long, value_name = "DIR|SHAPE")]
+    pub model: PathBuf,
+    /// Number of ranks
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub ranks: usize,
+    /// What the ranks run on
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Memory of each GPU, e.g. 40GiB (implies --device cuda)
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
+    /// Host memory of each rank, e.g. 256GiB
+    #[arg(long, value_name = "SIZE")]
+    pub host_memory: Option<String>,
+    /// Tokens of a sequence, prompt and answer together [default: 4096, or the model's limit]
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Sequences at a time
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub batch: usize,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `tandem doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `tandem kernels`.
+#[derive(Debug, Args)]
+pub struct KernelsArgs {
+    /// What to do with them.
+    #[command(subcommand)]
+    pub command: KernelsCommand,
+}
+
+/// The subcommands of `tandem kernels`.
+#[derive(Debug, Subcommand)]
+pub enum KernelsCommand {
+    /// Fill the user's cache of compiled kernels; needs NVRTC, no GPU
+    Build {
+        /// GPU architectures, e.g. sm_80,sm_90a
+        #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
+        arch: Vec<String>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,181 @@
+//! One answer as it grows: tokens to text, stop strings, times.
+
+use crate::cli::SamplingArgs;
+use crate::config::GenerationConfig;
+use crate::engine::{Event, FinishReason, SamplingParams};
+use crate::output::{Answer, Timings};
+use crate::session::Report;
+use crate::text::{StopMatcher, StreamDecoder, Tokenizer};
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::time::Instant;
+
+/// Longest answer where `--max-tokens` does not say, as far as the context allows.
+pub const DEFAULT_MAX_TOKENS: usize = 1024;
+
+/// The sampling of a run: what was typed, over the model's own defaults.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// For the sampler.
+    pub params: SamplingParams,
+    /// Tokens that end an answer.
+    pub stop_tokens: Vec<u32>,
+}
+
+impl Sampling {
+    /// Merges the command line over `generation_config.json`.
+    ///
+    /// # Errors
+    /// A value outside its range, naming flag and value.
+    pub fn new(args: &SamplingArgs, defaults: &GenerationConfig) -> Result<Self> {
+        let within = |flag: &str, value: Option<f32>, low: f32, high: f32| match value {
+            Some(x) if !(low..=high).contains(&x) => Err(Error::usage(format!(
+                "--{flag} {x}: must be from {low} to {high}"
+            ))),
+            x => Ok(x),
+        };
+        let temperature = within("temperature", args.temperature, 0.0, 1000.0)?;
+        let top_p = within("top-p", args.top_p, 0.0, 1.0)?;
+        let min_p = within("min-p", args.min_p, 0.0, 1.0)?;
+        let penalty = within("repetition-penalty", args.repetition_penalty, 0.01, 100.0)?;
+        if args.max_tokens == Some(0) {
+            return Err(Error::usage("--max-tokens 0: at least 1"));
+        }
+        let d = defaults;
+        // A model that does not say `do_sample` answers greedily unless a temperature is typed.
+        let default_temperature = match d.do_sample {
+            Some(true) => d.temperature.unwrap_or(1.0) as f32,
+            _ => 0.0,
+        };
+        let params = SamplingParams {
+            temperature: temperature.unwrap_or(default_temperature),
+            top_k: args.top_k.or(d.top_k).unwrap_or(0),
+            top_p: top_p.or(d.top_p.map(|p| p as f32)).unwrap_or(1.0),
+            min_p: min_p.or(d.min_p.map(|p| p as f32)).unwrap_or(0.0),
+            repetition_penalty: penalty
+                .or(d.repetition_penalty.map(|p| p as f32))
+                .unwrap_or(1.0),
+            seed: args.seed,
+        };
+        let stop_tokens = if args.ignore_eos {
+            Vec::new()
+        } else {
+            d.eos_token_ids.clone()
+        };
+        Ok(Sampling {
+            params,
+            stop_tokens,
+        })
+    }
+}
+
+/// `--enable-thinking` as a variable of the chat template.
+pub fn thinking(enable: Option<bool>) -> Vec<(&'static str, Value)> {
+    enable
+        .map(|on| ("enable_thinking", Value::Bool(on)))
+        .into_iter()
+        .collect()
+}
+
+/// One answer in progress.
+pub struct Generation {
+    /// None for a model without a tokenizer: an answer of token ids alone.
+    decoder: Option<StreamDecoder>,
+    stop: StopMatcher,
+    text: String,
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+    extra: Map<String, Value>,
+    first_token_s: f64,
+    last_token_s: f64,
+}
+
+impl Generation {
+    /// An answer without tokens yet.
+    ///
+    /// # Errors
+    /// An empty stop string.
+    pub fn new(
+        tokenizer: Option<&Tokenizer>,
+        stop: &[String],
+        prompt: Vec<u32>,
+        extra: Map<String, Value>,
+    ) -> Result<Self> {
+        Ok(Generation {
+            decoder: tokenizer.map(|t| t.stream_decoder(true)),
+            stop: StopMatcher::new(stop)?,
+            text: String::new(),
+            prompt,
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            extra,
+            first_token_s: 0.0,
+            last_token_s: 0.0,
+        })
+    }
+
+    /// Takes in a token; returns the text that is now final, and why the answer ends if it does.
+    pub fn take(&mut self, event: &Event, start: Instant) -> (String, Option<FinishReason>) {
+        let now = start.elapsed().as_secs_f64();
+        if self.tokens.is_empty() {
+            self.first_token_s = now;
+        }
+        self.last_token_s = now;
+        self.tokens.push(event.token);
+        self.logprobs.push(event.logprob);
+        let mut decoded = String::new();
+        if let Some(decoder) = &mut self.decoder {
+            decoded += &decoder.push(event.token);
+            if event.finish.is_some() {
+                decoded += &decoder.finish();
+            }
+        }
+        let step = self.stop.push(&decoded);
+        let mut text = step.text;
+        let finish = if step.matched.is_some() {
+            Some(FinishReason::Stop)
+        } else {
+            event.finish
+        };
+        if finish.is_some() && step.matched.is_none() {
+            text += &self.stop.finish();
+        }
+        self.text += &text;
+        (text, finish)
+    }
+
+    /// The finished answer.
+    pub fn into_answer(
+        self,
+        finish_reason: FinishReason,
+        report: &Report,
+        logprobs: bool,
+    ) -> Answer {
+        let further = self.tokens.len().saturating_sub(1);
+        let tpot_s = if further == 0 {
+            0.0
+        } else {
+            (self.last_token_s - self.first_token_s) / further as f64
+        };
+        Answer {
+            text: self.text,
+            token_ids: self.tokens,
+            prompt_token_ids: self.prompt,
+            logprobs: logprobs.then_some(self.logprobs),
+            finish_reason,
+            timings: Timings {
+                load_s: report.load_s,
+                ttft_s: self.first_token_s,
+                tpot_s,
+            },
+            ranks: report.ranks.clone(),
+            extra: self.extra,
+        }
+    }
+
+    /// The text so far.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}

@@ -1,0 +1,16 @@
+//! `tandem kernels build`: the GPU kernels compiled ahead of time, so that a job's first start does not wait for it.
+
+use crate::Result;
+use crate::cli::{KernelsArgs, KernelsCommand};
+use crate::gpu;
+
+/// Runs the command.
+///
+/// # Errors
+/// NVRTC is missing, an architecture that it does not know, or a cache that cannot be written.
+pub fn run(args: &KernelsArgs) -> Result<()> {
+    let KernelsCommand::Build { arch } = &args.command;
+    let (n, cache) = gpu::build_kernels(arch)?;
+    eprintln!("{n} files compiled into {}", cache.dir().display());
+    Ok(())
+}

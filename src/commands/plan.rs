@@ -1,0 +1,79 @@
+//! `tandem plan`: what every rank would hold and how fast it should be; pure, no GPU, no weights read.
+
+use crate::cli::{Device, PlanArgs};
+use crate::config::{ModelConfig, SHAPES, named_shape};
+use crate::model::check_tensors;
+use crate::output::{write_json, write_stdout};
+use crate::plan::{self, DeviceKind, Plan, Rates};
+use crate::weights::Checkpoint;
+use crate::{Error, Result};
+
+/// Tokens of a sequence where `--context` does not say.
+const DEFAULT_CONTEXT: usize = 4096;
+
+/// Runs the command.
+///
+/// # Errors
+/// An unknown shape, a bad folder, sizes that cannot be read, a request that cannot fit.
+pub fn run(args: &PlanArgs) -> Result<()> {
+    let (config, dtype) = match args.model.to_str().and_then(named_shape) {
+        Some(config) if !args.model.exists() => {
+            let dtype = config.dtype;
+            (config, dtype)
+        }
+        _ if args.model.is_dir() => {
+            let config = ModelConfig::from_dir(&args.model)?;
+            let dtype = check_tensors(&config, &Checkpoint::open(&args.model)?)?;
+            (config, dtype)
+        }
+        _ => {
+            let what = format!(
+                "neither a model folder nor a known shape ({})",
+                SHAPES.join(", ")
+            );
+            return Err(Error::file(&args.model, what));
+        }
+    };
+    let gpu_memory = args
+        .gpu_memory
+        .as_deref()
+        .map(plan::bytes::parse)
+        .transpose()?;
+    let host_memory = args
+        .host_memory
+        .as_deref()
+        .map(plan::bytes::parse)
+        .transpose()?;
+    if args.ranks == 0 {
+        return Err(Error::usage("--ranks 0: at least 1"));
+    }
+    let on_gpu =
+        args.device == Device::Cuda || (args.device == Device::Auto && gpu_memory.is_some());
+    let device = if on_gpu {
+        DeviceKind::Cuda
+    } else {
+        DeviceKind::Cpu
+    };
+    let request = plan::Request {
+        dtype,
+        max_seqs: args.batch,
+        context: args
+            .context
+            .unwrap_or(DEFAULT_CONTEXT.min(config.max_position_embeddings)),
+        gpu_memory,
+        host_memory,
+        rates: Rates::assumed(device, gpu_memory),
+        ..plan::Request::new(
+            &args.model.display().to_string(),
+            &config,
+            device,
+            args.ranks,
+        )
+    };
+    let plan = Plan::new(&config, &request)?;
+    if args.json {
+        write_json(&plan)
+    } else {
+        write_stdout(&plan.to_string())
+    }
+}

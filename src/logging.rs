@@ -1,0 +1,77 @@
+//! What goes to stderr besides the answer: log lines tagged with rank and host, and a progress bar on a terminal.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fmt;
+use std::io::IsTerminal;
+use std::sync::OnceLock;
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+/// `rank 2 of 4 (node07)`, once known and if there is more than one.
+static TAG: OnceLock<String> = OnceLock::new();
+
+/// Names this rank in every later log line.
+pub fn set_rank(rank: usize, size: usize) {
+    if size > 1 {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        // Called once a process; a second call would carry the same tag.
+        let _ = TAG.set(format!("[rank {rank}/{size} {}] ", host.trim()));
+    }
+}
+
+/// Sends log lines to stderr: warnings, with `-v` what happens, with `-vv` every detail; `TANDEM_LOG` overrides.
+pub fn init(verbose: u8) {
+    let level = match verbose {
+        0 => "tandem=warn",
+        1 => "tandem=info",
+        2 => "tandem=debug",
+        _ => "tandem=trace",
+    };
+    let filter = std::env::var("TANDEM_LOG").unwrap_or_else(|_| level.to_string());
+    let filter = tracing_subscriber::EnvFilter::try_new(&filter).unwrap_or_else(|_| level.into());
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    // Fails only when a subscriber is set already, as in tests.
+    let _ = subscriber.event_format(Line).try_init();
+}
+
+struct Line;
+
+impl<S, N> FormatEvent<S, N> for Line
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        ctx: &FmtContext<'_, S, N>,
+        mut w: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(w, "tandem: {}", TAG.get().map_or("", String::as_str))?;
+        match *event.metadata().level() {
+            Level::WARN => write!(w, "warning: ")?,
+            Level::ERROR => write!(w, "error: ")?,
+            _ => {}
+        }
+        ctx.field_format().format_fields(w.by_ref(), event)?;
+        writeln!(w)
+    }
+}
+
+/// A progress bar over bytes; silent where stderr is not a terminal or `show` is false.
+pub fn byte_bar(total: u64, show: bool) -> ProgressBar {
+    if !show || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    if let Ok(style) =
+        ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}")
+    {
+        bar.set_style(style);
+    }
+    bar
+}

@@ -1,0 +1,112 @@
+//! What leaves the program: the answer on stdout, everything else on stderr.
+
+use crate::engine::FinishReason;
+use crate::plan::{RankBytes, bytes};
+use crate::{Error, Result};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use std::io::Write;
+
+/// One rank in the report.
+#[derive(Debug, Clone, Serialize)]
+pub struct RankReport {
+    /// Which rank.
+    pub rank: usize,
+    /// Its host's name.
+    pub host: String,
+    /// What it runs on, e.g. `cpu (2 threads, avx512bf16)`.
+    pub device: String,
+    /// What it holds, in bytes.
+    pub bytes: RankBytes,
+}
+
+/// How long things took, in seconds.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Timings {
+    /// From process start until the weights were in place on rank 0.
+    pub load_s: f64,
+    /// From the request to its first token.
+    pub ttft_s: f64,
+    /// Mean time of a further token; 0 where there was none.
+    pub tpot_s: f64,
+}
+
+/// One answer, as `--json` prints it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Answer {
+    /// The answer's text, special tokens left out.
+    pub text: String,
+    /// The answer's tokens, a stop token included.
+    pub token_ids: Vec<u32>,
+    /// The prompt's tokens.
+    pub prompt_token_ids: Vec<u32>,
+    /// Log-probability of each token of the answer under the model, when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<Vec<f32>>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// How long it took.
+    pub timings: Timings,
+    /// Who took part.
+    pub ranks: Vec<RankReport>,
+    /// Keys of the request that are handed through.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// Writes to stdout at once.
+///
+/// # Errors
+/// A closed pipe or a full disk: one line that says so.
+pub fn write_stdout(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|e| {
+            let what = match e.kind() {
+                std::io::ErrorKind::BrokenPipe => {
+                    "closed before the answer was complete".to_string()
+                }
+                _ => e.to_string(),
+            };
+            Error::failed(format!("stdout: {what}"))
+        })
+}
+
+/// Writes one JSON value and a line break to stdout.
+///
+/// # Errors
+/// Those of [`write_stdout`].
+pub fn write_json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(|e| Error::failed(format!("JSON: {e}")))?;
+    write_stdout(&(text + "\n"))
+}
+
+/// The summary that ends a run on stderr.
+pub fn summary(timings: &Timings, n_tokens: usize, ranks: &[RankReport]) -> String {
+    let mut text = format!(
+        "load {:.2} s, first token {:.0} ms",
+        timings.load_s,
+        timings.ttft_s * 1e3
+    );
+    if timings.tpot_s > 0.0 {
+        text += &format!(
+            ", {n_tokens} tokens at {:.1} tokens/s",
+            1.0 / timings.tpot_s
+        );
+    }
+    for r in ranks {
+        let b = &r.bytes;
+        text += &format!(
+            "\nrank {} on {}, {}: {} (weights {}, KV cache {}, buffers {})",
+            r.rank,
+            r.host,
+            r.device,
+            bytes::format(b.total),
+            bytes::format(b.weights),
+            bytes::format(b.kv),
+            bytes::format(b.activations)
+        );
+    }
+    text
+}

@@ -1,0 +1,422 @@
+//! From flags to a loaded model on every rank: world → config → rendezvous → plan → load → engine.
+//!
+//! Each rank looks at its own files and machine first, then they meet, so that whatever is wrong anywhere is shown
+//! once, before a byte of weights is read.
+
+mod site;
+
+use crate::cli::{ModelArgs, Weights};
+use crate::comm::HostCollective;
+use crate::config::{ModelConfig, named_shape};
+use crate::cpu::{self, CpuBackend, HostWeight, Limits, Pool};
+use crate::engine::{Engine, Replica, Scheduler, Step, serve};
+use crate::gpu;
+use crate::logging;
+use crate::model::{Qwen, check_tensors};
+use crate::output::RankReport;
+use crate::plan::{self, DeviceKind, Plan, Shard};
+use crate::weights::{self, Arena, Checkpoint, Dtype, LoadStats, LocalMatrix, Source};
+use crate::world::{Group, Hello, MeetOptions, World, WorldFlags};
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use site::Site;
+use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// What rank 0's work needs of the model; it decides the plan of every rank.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Demand {
+    /// Longest sequence, prompt and answer together.
+    pub context: usize,
+    /// Sequences at a time that would be useful.
+    pub sequences: usize,
+    /// Tokens that the tokenizer knows: further rows of the vocabulary are padding.
+    pub n_tokens_known: usize,
+}
+
+/// What a run can say of itself.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Seconds from process start until the weights were in place.
+    pub load_s: f64,
+    /// Every rank.
+    pub ranks: Vec<RankReport>,
+}
+
+/// The model as this rank found it.
+struct Model {
+    config: ModelConfig,
+    checkpoint: Option<Checkpoint>,
+    dtype: Dtype,
+    fingerprint: u64,
+    site: Site,
+}
+
+/// Tokens of a GPU's prefill chunk: enough that the weights' traffic is hidden behind the products.
+const GPU_STEP_TOKENS: usize = 2048;
+
+/// Sequences that share a step; more would only wait for each other's memory traffic on a CPU.
+const MAX_SEQUENCES: usize = 32;
+
+/// Runs `lead` on rank 0 with a ready engine, and the other ranks beside it, until the work is done.
+///
+/// `read` looks at rank 0's input before anything is loaded and says what it needs.
+///
+/// # Errors
+/// The first failure of any rank, on every rank; it has then reached all of them.
+pub fn run<W>(
+    args: &ModelArgs,
+    read: impl FnOnce(&Path, &ModelConfig) -> Result<(Demand, W)>,
+    lead: impl FnOnce(&mut Engine<'_>, W, Report) -> Result<()>,
+) -> Result<()> {
+    let start = Instant::now();
+    let world = World::start(&WorldFlags {
+        ranks: args.ranks,
+        rank: args.rank.rank,
+        world_size: args.rank.world_size,
+        rendezvous: args.rank.rendezvous.clone(),
+    })?;
+    logging::set_rank(world.rank, world.size);
+    let found = find(args, &world).and_then(|model| {
+        let work = if world.rank == 0 {
+            Some(read(&args.model, &model.config)?)
+        } else {
+            None
+        };
+        Ok((model, work))
+    });
+    let hello = hello(&world, &found);
+    let options = MeetOptions {
+        timeout: Duration::from_secs(args.rendezvous_timeout),
+        ..MeetOptions::default()
+    };
+    let group = Group::meet(&world, hello, &options)?;
+    let (model, work) = found?;
+    let outcome =
+        prepare(args, model, &work, &group, start).and_then(|(mut replica, scheduler, report)| {
+            match work {
+                Some((_, work)) => {
+                    let mut engine = Engine::new(scheduler, &mut *replica, &group);
+                    lead(&mut engine, work, report)?;
+                    engine.finish()
+                }
+                None => serve(&mut *replica, &group),
+            }
+        });
+    match outcome {
+        Ok(()) => group.finish(),
+        Err(e) => Err(group.fail(e)),
+    }
+}
+
+fn find(args: &ModelArgs, world: &World) -> Result<Model> {
+    let site = Site::choose(args.device, world)?;
+    let named = args
+        .model
+        .to_str()
+        .and_then(named_shape)
+        .filter(|_| !args.model.exists());
+    let config = match (args.weights, named) {
+        (Weights::Random, Some(config)) => config,
+        (Weights::Checkpoint, Some(_)) => {
+            let shape = args.model.display();
+            return Err(Error::usage(format!(
+                "--model {shape} names a shape, not a folder: add --weights random"
+            )));
+        }
+        (_, None) => ModelConfig::from_dir(&args.model)?,
+    };
+    let (checkpoint, dtype) = match args.weights {
+        Weights::Random => (None, config.dtype),
+        Weights::Checkpoint => {
+            let checkpoint = Checkpoint::open(&args.model)?;
+            let dtype = check_tensors(&config, &checkpoint)?;
+            (Some(checkpoint), dtype)
+        }
+    };
+    let files = checkpoint.as_ref().map_or(0, Checkpoint::fingerprint);
+    let mut hasher = std::hash::DefaultHasher::new();
+    let kind = site.kind();
+    format!("{config:?} {dtype} {kind} {:?} {files:x}", args.weights).hash(&mut hasher);
+    let fingerprint = hasher.finish();
+    Ok(Model {
+        config,
+        checkpoint,
+        dtype,
+        fingerprint,
+        site,
+    })
+}
+
+fn hello<W>(world: &World, found: &Result<(Model, W)>) -> Hello {
+    let hello = Hello::new(world.rank);
+    match found {
+        Ok((model, _)) => {
+            let hello = model.site.describe(hello, world.local_size.unwrap_or(1));
+            Hello {
+                fingerprint: model.fingerprint,
+                ..hello
+            }
+        }
+        Err(e) => hello.with_error(e),
+    }
+}
+
+type Ready = (Box<dyn Step>, Scheduler, Report);
+
+fn prepare<W>(
+    args: &ModelArgs,
+    model: Model,
+    work: &Option<(Demand, W)>,
+    group: &Group,
+    start: Instant,
+) -> Result<Ready> {
+    let demand = share_demand(work.as_ref().map(|w| w.0), group)?;
+    let plan = make_plan(args, &model, &demand, group)?;
+    let source = match &model.checkpoint {
+        Some(checkpoint) => Source::Checkpoint(checkpoint),
+        None => Source::Random { seed: 0 },
+    };
+    let shard = &plan.ranks[group.rank()].shard;
+    let replica: Box<dyn Step> = match model.site {
+        Site::Cpu => {
+            let place = Place {
+                shard,
+                limits: Limits {
+                    max_step_tokens: plan.max_step_tokens,
+                    max_logit_rows: plan.request.max_seqs,
+                    n_kv_blocks: plan.n_kv_blocks,
+                },
+                pool: make_pool(group)?,
+                comm: group.take_collective(),
+            };
+            let known = demand.n_tokens_known;
+            Box::new(load_rank(&model.config, source, model.dtype, place, known)?)
+        }
+        Site::Gpu(cuda) => {
+            let limits = gpu::Limits {
+                max_step_tokens: plan.max_step_tokens,
+                max_logit_rows: plan.request.max_seqs,
+                n_kv_blocks: plan.n_kv_blocks,
+            };
+            let ranks = (group.size() > 1).then(|| group.take_collective());
+            let parts = gpu::Parts::cuda(*cuda, ranks, model.config.hidden_size)?;
+            let threads = pool_share(group).len();
+            let bytes = plan.ranks[group.rank()].bytes.weights;
+            let bar = logging::byte_bar(bytes, group.rank() == 0);
+            let progress = |n| bar.inc(n);
+            let loaded = gpu::load_rank(
+                &model.config,
+                source,
+                model.dtype,
+                shard,
+                limits,
+                parts,
+                threads,
+                &progress,
+            )?;
+            bar.finish_and_clear();
+            say_loaded(&loaded.stats);
+            Box::new(Replica::new(
+                loaded.backend,
+                loaded.model,
+                loaded.activations,
+                model.config.vocab_size,
+                demand.n_tokens_known,
+            ))
+        }
+    };
+    let scheduler = Scheduler::new(
+        plan.n_kv_blocks,
+        plan.max_step_tokens,
+        plan.request.max_seqs,
+        demand.context,
+    );
+    let report = Report {
+        load_s: start.elapsed().as_secs_f64(),
+        ranks: report(group, &plan),
+    };
+    Ok((replica, scheduler, report))
+}
+
+/// Rank 0 tells the others what its input needs.
+fn share_demand(mine: Option<Demand>, group: &Group) -> Result<Demand> {
+    let bad = |e: postcard::Error| Error::failed(format!("start message: {e}"));
+    match mine {
+        Some(demand) => {
+            if group.size() > 1 {
+                group.broadcast(&postcard::to_stdvec(&demand).map_err(bad)?)?;
+            }
+            Ok(demand)
+        }
+        None => postcard::from_bytes(&group.receive()?).map_err(bad),
+    }
+}
+
+/// The plan for as many sequences at a time as the input has and memory allows.
+fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) -> Result<Plan> {
+    let typed = args
+        .host_memory
+        .as_deref()
+        .map(plan::bytes::parse)
+        .transpose()?;
+    // The scarcest host, or GPU, decides.
+    let free = group.hellos().iter().map(|h| h.memory).min();
+    let name = args.model.display().to_string();
+    let kind = model.site.kind();
+    let base = plan::Request::new(&name, &model.config, kind, group.size());
+    let on_gpu = kind == DeviceKind::Cuda;
+    let mut request = plan::Request {
+        dtype: model.dtype,
+        context: demand.context,
+        max_seqs: demand.sequences.clamp(1, MAX_SEQUENCES),
+        gpu_memory: free.filter(|_| on_gpu),
+        host_memory: if on_gpu { typed } else { typed.or(free) },
+        max_step_tokens: if on_gpu {
+            GPU_STEP_TOKENS
+        } else {
+            base.max_step_tokens
+        },
+        ranks_per_node: group.local_rank_and_size().1,
+        ..base
+    };
+    loop {
+        match Plan::new(&model.config, &request).and_then(all_on_device) {
+            Err(Error::Failed(_)) if request.max_seqs > 1 => request.max_seqs /= 2,
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Weights that do not fit the GPU need the offload to host memory, which is not there yet.
+fn all_on_device(plan: Plan) -> Result<Plan> {
+    match plan.ranks.iter().find(|r| !r.fits) {
+        None => Ok(plan),
+        Some(r) => Err(Error::failed(format!(
+            "rank {} needs {} of GPU memory and may fill {}: start more ranks, or use --device cpu",
+            r.shard.tp_rank,
+            plan::bytes::format(r.bytes.total),
+            plan::bytes::format(plan.request.gpu_memory.unwrap_or(0))
+        ))),
+    }
+}
+
+/// The ranks on this rank's host that may run on the same CPUs, and its number among them.
+fn sharers(group: &Group) -> (usize, usize) {
+    let me = &group.hellos()[group.rank()];
+    let same = |h: &&Hello| h.host == me.host && h.cpus == me.cpus;
+    let ranks: Vec<_> = group.hellos().iter().filter(same).collect();
+    let index = ranks.iter().position(|h| h.rank == me.rank);
+    (index.unwrap_or(0), ranks.len())
+}
+
+/// The cores that are this rank's: ranks on one host with the same CPUs divide them.
+fn pool_share(group: &Group) -> Vec<usize> {
+    let (index, of) = sharers(group);
+    let cores = cpu::physical_cores(&group.hellos()[group.rank()].cpus);
+    cpu::share_of_cpus(&cores, index, of)
+}
+
+/// One thread a core of this rank's share.
+fn make_pool(group: &Group) -> Result<Pool> {
+    let cores = cpu::physical_cores(&group.hellos()[group.rank()].cpus);
+    let share = pool_share(group);
+    if cpu::oversubscribed(&cores, sharers(group).1) {
+        Pool::sharing(&share)
+    } else {
+        Pool::new(&share)
+    }
+}
+
+/// Where one rank's part of a model goes, and what runs it.
+pub struct Place<'a> {
+    /// Its slice of every divided axis.
+    pub shard: &'a Shard,
+    /// Sizes of its step buffers and its cache.
+    pub limits: Limits,
+    /// Its threads.
+    pub pool: Pool,
+    /// Its connection to the other ranks.
+    pub comm: Box<dyn HostCollective>,
+}
+
+/// Loads one rank's slices and makes everything ready to step; logits of ids from `n_tokens_known` on are never sampled.
+///
+/// # Errors
+/// Memory or files that fail.
+pub fn load_rank(
+    config: &ModelConfig,
+    source: Source<'_>,
+    dtype: Dtype,
+    place: Place<'_>,
+    n_tokens_known: usize,
+) -> Result<Replica<CpuBackend>> {
+    let Place {
+        shard,
+        limits,
+        pool,
+        comm,
+    } = place;
+    let matrices = shard.matrices(config, dtype);
+    let mut loaded = load_weights(source, &matrices, pool.threads(), shard.tp_rank == 0)?;
+    let qwen = Qwen::assemble(config, |name| {
+        loaded
+            .remove(name)
+            .ok_or_else(|| Error::failed(format!("no weight {name} was loaded")))
+    })?;
+    let (backend, activations) = CpuBackend::new(config, shard, limits, pool, comm);
+    Ok(Replica::new(
+        backend,
+        qwen,
+        activations,
+        config.vocab_size,
+        n_tokens_known,
+    ))
+}
+
+fn load_weights(
+    source: Source<'_>,
+    matrices: &[LocalMatrix],
+    threads: usize,
+    show: bool,
+) -> Result<HashMap<String, HostWeight>> {
+    let sizes = || matrices.iter().map(LocalMatrix::bytes);
+    let mut arena = Arena::new(Arena::bytes_for(sizes()))?;
+    let mut weights = matrices
+        .iter()
+        .map(|m| HostWeight::new(&mut arena, m))
+        .collect::<Result<Vec<_>>>()?;
+    let mut places: Vec<_> = weights.iter_mut().map(HostWeight::bytes_mut).collect();
+    let bar = logging::byte_bar(sizes().sum::<usize>() as u64, show);
+    let stats = weights::load(source, matrices, &mut places, threads, &|bytes| {
+        bar.inc(bytes)
+    })?;
+    bar.finish_and_clear();
+    say_loaded(&stats);
+    Ok(matrices
+        .iter()
+        .map(|m| m.name.clone())
+        .zip(weights)
+        .collect())
+}
+
+fn say_loaded(stats: &LoadStats) {
+    tracing::info!(
+        "loaded {} in {:.2} s ({:.2} GB/s)",
+        plan::bytes::format(stats.bytes_placed),
+        stats.seconds,
+        stats.bytes_placed as f64 / stats.seconds / 1e9
+    );
+}
+
+fn report(group: &Group, plan: &Plan) -> Vec<RankReport> {
+    let one = |(hello, rank): (&Hello, &plan::RankPlan)| RankReport {
+        rank: hello.rank,
+        host: hello.host.clone(),
+        device: hello.device.clone(),
+        bytes: rank.bytes,
+    };
+    group.hellos().iter().zip(&plan.ranks).map(one).collect()
+}
