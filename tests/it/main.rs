@@ -1,0 +1,9 @@
+//! Everything that is tested from outside: the forward pass against transformers, the program against its users.
+
+mod commands;
+mod failures;
+mod forward;
+mod memory;
+mod sampling;
+mod smollm2;
+mod support;

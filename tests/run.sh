@@ -1,0 +1,61 @@
+#!/bin/bash
+# Runs all tests, from a clean checkout on Debian or Ubuntu with Rust: fetches what they read,
+# installs what is missing, and ends with one line that counts them.
+#
+#   tests/run.sh
+#
+# The launcher tests start a Slurm of their own, for which they need root or sudo.
+# TANDEM_FUZZ_SECONDS (20) is how long each fuzz target runs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+assets=$PWD/models # git-ignored; launch/demo.sh keeps its model here too
+target=${CARGO_TARGET_DIR:-target}
+log=$(mktemp)
+mpi_build=$(mktemp -d)
+trap 'rm -rf "$log" "$mpi_build"' EXIT
+
+say() { echo "== $*" >&2; }
+
+install_tools() {
+    need_rust
+    has c++ || apt_install g++
+    has npm || apt_install npm
+    has mpicc || apt_install libopenmpi-dev
+    # rsmpi reads MPI's headers with libclang.
+    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || apt_install libclang-dev
+}
+
+# Sums what `cargo test` counted.
+n_passed_by_cargo() { awk '/^test result: ok\./ { n += $4 } END { print n + 0 }' "$log"; }
+
+as_root() { if [[ $(id -u) -eq 0 ]]; then "$@"; else sudo "$@"; fi; }
+
+install_tools
+say "test data in $assets"
+launch/demo_model.sh "$assets/smollm2"
+tests/assets.sh "$assets"
+
+say "cargo test"
+cargo test --release --locked --no-fail-fast 2>&1 | tee "$log"
+TANDEM_TEST_ASSETS=$assets cargo test --release --locked --no-fail-fast -- --ignored assets_ 2>&1 | tee -a "$log"
+
+say "GPU kernels, compiled by NVRTC for every architecture"
+[[ -d $assets/nvrtc ]] || { python3 -m venv "$assets/nvrtc" && "$assets/nvrtc/bin/pip" install -q nvidia-cuda-nvrtc; }
+nvrtc=$(find "$assets/nvrtc" -name 'libnvrtc.so.*' -printf '%h\n' -quit)
+TANDEM_NVRTC=$nvrtc cargo test --release --locked --lib nvrtc_ -- --ignored 2>&1 | tee -a "$log"
+
+say "launchers"
+cargo build --release --locked --features mpi
+cp "$target/release/tandem" "$mpi_build/tandem"
+cargo build --release --locked
+as_root tests/slurm_tests.sh "$target/release/tandem" "$mpi_build/tandem" "$assets/smollm2" | tee -a "$log"
+
+say "fuzzing"
+tests/fuzz/run.sh "${TANDEM_FUZZ_SECONDS:-20}"
+
+n_cargo=$(n_passed_by_cargo)
+n_launchers=$(sed -n 's/^launcher tests: \([0-9]*\) passed$/\1/p' "$log")
+echo "all passed: $((n_cargo + n_launchers)) tests ($n_cargo of cargo test, $n_launchers under launchers), and the fuzz run, in $SECONDS s"
