@@ -74,6 +74,11 @@ impl<'a> Engine<'a> {
     /// A failure of the forward pass, here or on another rank.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         let plan = self.scheduler.next_step();
+        tracing::debug!(
+            "step: {} sequences, {} tokens",
+            plan.entries.len(),
+            plan.entries.iter().map(|e| e.n_tokens).sum::<u32>()
+        );
         self.tell(&Command::Step(plan.clone()))?;
         let sampled = self.replica.step(&plan)?;
         Ok(self.scheduler.record(&sampled))
