@@ -1,12 +1,12 @@
 //! The forward pass on the host: every operation of [`Backend`] over the kernels of this module.
 
 use super::{AttentionShape, Kernels, Matrix, Pool, QkvShape, Rope, SeqView};
+use crate::Result;
 use crate::comm::HostCollective;
 use crate::config::ModelConfig;
-use crate::model::{Activations, Backend, Batch, BatchSeq, KV_BLOCK, Layer};
+use crate::model::{Activations, Backend, Batch, BatchSeq, KV_BLOCK, Layer, Limits};
 use crate::plan::Shard;
 use crate::weights::{Arena, Dtype, LocalMatrix, Slab};
-use crate::{Error, Result};
 
 /// A weight matrix or vector in host memory.
 #[derive(Debug)]
@@ -103,17 +103,6 @@ pub struct CpuBackend {
     limits: Limits,
 }
 
-/// What the step buffers were made for.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Tokens of a step.
-    pub max_step_tokens: usize,
-    /// Rows of logits of a step.
-    pub max_logit_rows: usize,
-    /// Blocks of the KV cache.
-    pub n_kv_blocks: usize,
-}
-
 impl CpuBackend {
     /// A backend for one rank's `shard`, with everything allocated that its steps will use.
     pub fn new(
@@ -170,33 +159,6 @@ impl CpuBackend {
         };
         (backend, activations)
     }
-
-    fn check(&self, batch: &Batch) -> Result<()> {
-        let limits = &self.limits;
-        let (t, s) = (batch.tokens.len(), batch.logit_rows.len());
-        if t > limits.max_step_tokens || s > limits.max_logit_rows {
-            let (mt, ms) = (limits.max_step_tokens, limits.max_logit_rows);
-            return Err(Error::failed(format!(
-                "a step of {t} tokens and {s} logit rows is over the plan's {mt} and {ms}"
-            )));
-        }
-        let blocks_fit = |blocks: &[u32]| blocks.iter().all(|&b| (b as usize) < limits.n_kv_blocks);
-        let fits = batch.seqs.iter().all(|q| {
-            q.start + q.len <= t
-                && q.len <= q.context_len
-                && q.context_len <= q.blocks.len() * KV_BLOCK
-                && blocks_fit(&q.blocks)
-        });
-        let covered = batch.seqs.iter().map(|q| q.len).sum::<usize>() == t;
-        let ascending = batch.logit_rows.is_sorted_by(|a, b| a < b);
-        let rows_fit = ascending && batch.logit_rows.last().is_none_or(|&r| (r as usize) < t);
-        if !(fits && covered && rows_fit && batch.positions.len() == t) {
-            return Err(Error::failed(
-                "a step's sequences, blocks and tokens do not fit together",
-            ));
-        }
-        Ok(())
-    }
 }
 
 impl Backend for CpuBackend {
@@ -204,7 +166,7 @@ impl Backend for CpuBackend {
     type Buf = HostBuf;
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
-        self.check(batch)?;
+        self.limits.check(batch)?;
         self.batch.clone_from(batch);
         self.n_rows = batch.tokens.len();
         self.slots.clear();

@@ -4,19 +4,8 @@ use super::driver::{DevicePtr, Driver};
 use super::geometry::Geometry;
 use super::memory::DeviceBuffer;
 use crate::Result;
-use crate::model::Batch;
+use crate::model::Limits;
 use std::sync::Arc;
-
-/// What the step buffers are made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Tokens of a step.
-    pub max_step_tokens: usize,
-    /// Rows of logits of a step.
-    pub max_logit_rows: usize,
-    /// Blocks of the KV cache.
-    pub n_kv_blocks: usize,
-}
 
 /// Every buffer begins at a multiple of this.
 const ALIGN: usize = 256;
@@ -100,37 +89,6 @@ pub fn attention_parts(g: &Geometry, max_seqs: usize, sm_count: usize) -> usize 
 /// block tables back to back.
 pub fn batch_words(limits: &Limits) -> usize {
     7 * limits.max_step_tokens + limits.max_logit_rows + limits.n_kv_blocks
-}
-
-/// Whether a step fits the buffers; the reason where it does not.
-pub fn check(batch: &Batch, limits: &Limits, block: usize) -> Result<(), String> {
-    let (t, s) = (batch.tokens.len(), batch.logit_rows.len());
-    let (mt, ms) = (limits.max_step_tokens, limits.max_logit_rows);
-    if t == 0 || t > mt || s > ms {
-        return Err(format!(
-            "a step of {t} tokens and {s} logit rows does not fit the plan's {mt} and {ms}"
-        ));
-    }
-    let mut next = 0;
-    let mut n_blocks = 0;
-    for seq in &batch.seqs {
-        let in_order = seq.start == next && seq.len > 0 && seq.len <= seq.context_len;
-        let known = seq
-            .blocks
-            .iter()
-            .all(|&b| (b as usize) < limits.n_kv_blocks);
-        if !in_order || !known || seq.context_len > seq.blocks.len() * block {
-            return Err("a step's sequences, blocks and tokens do not fit together".into());
-        }
-        next += seq.len;
-        n_blocks += seq.blocks.len();
-    }
-    let rows = batch.logit_rows.iter().all(|&r| (r as usize) < t)
-        && batch.logit_rows.is_sorted_by(|a, b| a < b);
-    if next != t || batch.positions.len() != t || n_blocks > limits.n_kv_blocks || !rows {
-        return Err("a step's sequences, blocks and tokens do not fit together".into());
-    }
-    Ok(())
 }
 
 /// The allocation, handed out front to back by the list.

@@ -1,6 +1,7 @@
 //! The forward pass on a GPU: every operation of [`Backend`] as launches on one stream.
 
-use super::arena::{self, Arena, Limits, StepBuffers};
+use super::Limits;
+use super::arena::{self, Arena, StepBuffers};
 use super::collective::{DeviceCollective, Element, FusedNorm};
 use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Pinned, Stream, args};
 use super::gemm::{Gemm, Out, Product};
@@ -11,9 +12,9 @@ use super::load::GpuWeight;
 use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
 use super::rank::Parts;
 use super::step::Step;
+use crate::Result;
 use crate::config::ModelConfig;
 use crate::model::{Activations, Backend, Batch, Choice, KV_BLOCK, Layer};
-use crate::{Error, Result};
 use std::sync::Arc;
 
 /// Up to this many rows a product is a GEMV of our own; beyond, the library's.
@@ -264,7 +265,7 @@ impl Backend for GpuBackend {
     type Buf = GpuBuf;
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
-        arena::check(batch, &self.limits, KV_BLOCK).map_err(Error::failed)?;
+        self.limits.check(batch)?;
         // The staging memory is free again when the last step's copy is done.
         self.sent.synchronize()?;
         let at = self.arena.get("batch");

@@ -29,7 +29,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
-pub use arena::Limits;
+pub use crate::model::Limits;
 pub use backend::{GpuBackend, GpuBuf, kv_bytes};
 pub use driver::Driver;
 pub use geometry::Geometry;

@@ -1,7 +1,7 @@
 //! What the forward pass asks of the machine: about a dozen fused operations over buffers that exist before the step.
 
-use super::Layer;
-use crate::Result;
+use super::{KV_BLOCK, Layer};
+use crate::{Error, Result};
 
 /// The tokens of one step: prefill chunks and single decode tokens of many sequences, back to back.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -27,6 +27,51 @@ pub struct BatchSeq {
     pub context_len: usize,
     /// The KV blocks of its tokens `0..context_len`, in order.
     pub blocks: Vec<u32>,
+}
+
+/// What a backend's step buffers and cache are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of a step.
+    pub max_step_tokens: usize,
+    /// Rows of logits of a step.
+    pub max_logit_rows: usize,
+    /// Blocks of the KV cache.
+    pub n_kv_blocks: usize,
+}
+
+impl Limits {
+    /// Whether a step fits, and its parts fit together: every backend asks before it writes anywhere.
+    ///
+    /// # Errors
+    /// A step that is empty, too large, or contradicts itself.
+    pub fn check(&self, batch: &Batch) -> Result<()> {
+        let (t, s) = (batch.tokens.len(), batch.logit_rows.len());
+        let (mt, ms) = (self.max_step_tokens, self.max_logit_rows);
+        if t == 0 || t > mt || s > ms {
+            return Err(Error::failed(format!(
+                "a step of {t} tokens and {s} logit rows does not fit the plan's {mt} and {ms}"
+            )));
+        }
+        let wrong = || Error::failed("a step's sequences, blocks and tokens do not fit together");
+        let (mut next, mut n_blocks) = (0, 0);
+        for seq in &batch.seqs {
+            let in_order = seq.start == next && seq.len > 0 && seq.len <= seq.context_len;
+            let known = |&b: &u32| (b as usize) < self.n_kv_blocks;
+            let room = seq.context_len <= seq.blocks.len() * KV_BLOCK;
+            if !(in_order && room && seq.blocks.iter().all(known)) {
+                return Err(wrong());
+            }
+            next += seq.len;
+            n_blocks += seq.blocks.len();
+        }
+        let ascending = batch.logit_rows.is_sorted_by(|a, b| a < b);
+        let rows = ascending && batch.logit_rows.iter().all(|&r| (r as usize) < t);
+        if next != t || batch.positions.len() != t || n_blocks > self.n_kv_blocks || !rows {
+            return Err(wrong());
+        }
+        Ok(())
+    }
 }
 
 /// The buffers of a step, T = tokens of the step; `plan::memory` lists their sizes.

@@ -8,11 +8,11 @@ mod site;
 use crate::cli::{ModelArgs, Weights};
 use crate::comm::HostCollective;
 use crate::config::{ModelConfig, named_shape};
-use crate::cpu::{self, CpuBackend, HostWeight, Limits, Pool};
+use crate::cpu::{self, CpuBackend, HostWeight, Pool};
 use crate::engine::{Engine, Replica, Scheduler, Step, serve};
 use crate::gpu;
 use crate::logging;
-use crate::model::{Qwen, check_tensors};
+use crate::model::{Limits, Qwen, check_tensors};
 use crate::output::RankReport;
 use crate::plan::{self, DeviceKind, Plan, Shard};
 use crate::weights::{self, Arena, Checkpoint, Dtype, LoadStats, LocalMatrix, Source};
@@ -180,15 +180,16 @@ fn prepare<W>(
         None => Source::Random { seed: 0 },
     };
     let shard = &plan.ranks[group.rank()].shard;
+    let limits = Limits {
+        max_step_tokens: plan.max_step_tokens,
+        max_logit_rows: plan.request.max_seqs,
+        n_kv_blocks: plan.n_kv_blocks,
+    };
     let replica: Box<dyn Step> = match model.site {
         Site::Cpu => {
             let place = Place {
                 shard,
-                limits: Limits {
-                    max_step_tokens: plan.max_step_tokens,
-                    max_logit_rows: plan.request.max_seqs,
-                    n_kv_blocks: plan.n_kv_blocks,
-                },
+                limits,
                 pool: make_pool(group)?,
                 comm: group.take_collective(),
             };
@@ -196,11 +197,6 @@ fn prepare<W>(
             Box::new(load_rank(&model.config, source, model.dtype, place, known)?)
         }
         Site::Gpu(cuda) => {
-            let limits = gpu::Limits {
-                max_step_tokens: plan.max_step_tokens,
-                max_logit_rows: plan.request.max_seqs,
-                n_kv_blocks: plan.n_kv_blocks,
-            };
             let ranks = (group.size() > 1).then(|| group.take_collective());
             let parts = gpu::Parts::cuda(*cuda, ranks, model.config.hidden_size)?;
             let threads = pool_share(group).len();
