@@ -4,12 +4,13 @@ use super::Limits;
 use super::arena::{self, Arena, StepBuffers};
 use super::collective::{DeviceCollective, Element, FusedNorm};
 use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Pinned, Stream, args};
-use super::gemm::{Gemm, Out, Product};
+use super::gemm::{Gemm, Out};
 use super::geometry::Geometry;
 use super::graphs::Graphs;
 use super::launch::{Kernels, PREFILL_SHARED_PER_ELEMENT};
 use super::load::GpuWeight;
 use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
+use super::products::GEMV_ROWS;
 use super::rank::Parts;
 use super::step::Step;
 use crate::Result;
@@ -17,14 +18,11 @@ use crate::config::ModelConfig;
 use crate::model::{Activations, Backend, Batch, Choice, KV_BLOCK, Layer};
 use std::sync::Arc;
 
-/// Up to this many rows a product is a GEMV of our own; beyond, the library's.
-const GEMV_ROWS: usize = 8;
-
 /// A step buffer: rows of `cols` elements in the arena.
 #[derive(Debug)]
 pub struct GpuBuf {
-    ptr: DevicePtr,
-    cols: usize,
+    pub(super) ptr: DevicePtr,
+    pub(super) cols: usize,
 }
 
 impl GpuBuf {
@@ -36,33 +34,33 @@ impl GpuBuf {
 
 /// A GPU rank.
 pub struct GpuBackend {
-    driver: Arc<dyn Driver>,
-    gemm: Box<dyn Gemm>,
-    comm: Box<dyn DeviceCollective>,
-    stream: Stream,
-    kernels: Kernels,
-    g: Geometry,
-    limits: Limits,
-    rms_norm_eps: f32,
-    rope_scale: f32,
-    inv_freq: DeviceBuffer,
-    arena: Arena,
-    cache: DeviceBuffer,
+    pub(super) driver: Arc<dyn Driver>,
+    pub(super) gemm: Box<dyn Gemm>,
+    pub(super) comm: Box<dyn DeviceCollective>,
+    pub(super) stream: Stream,
+    pub(super) kernels: Kernels,
+    pub(super) g: Geometry,
+    pub(super) limits: Limits,
+    pub(super) rms_norm_eps: f32,
+    pub(super) rope_scale: f32,
+    pub(super) inv_freq: DeviceBuffer,
+    pub(super) arena: Arena,
+    pub(super) cache: DeviceBuffer,
     /// Keeps the weights that [`GpuWeight`]s point to.
     _weights: DeviceBuffer,
-    product: DevicePtr,
-    wanted: DevicePtr,
-    logits_local: DevicePtr,
-    workspace: DevicePtr,
-    step: Step,
+    pub(super) product: DevicePtr,
+    pub(super) wanted: DevicePtr,
+    pub(super) logits_local: DevicePtr,
+    pub(super) workspace: DevicePtr,
+    pub(super) step: Step,
     /// Rows that the operations see: the step's tokens, and behind `keep_wanted` the wanted ones.
-    rows: usize,
-    graphs: Graphs,
+    pub(super) rows: usize,
+    pub(super) graphs: Graphs,
     /// The step's description on its way to the device.
-    staging: PinnedBuffer,
-    sent: OwnedEvent,
-    logits_host: PinnedBuffer,
-    logits: Vec<f32>,
+    pub(super) staging: PinnedBuffer,
+    pub(super) sent: OwnedEvent,
+    pub(super) logits_host: PinnedBuffer,
+    pub(super) logits: Vec<f32>,
 }
 
 impl GpuBackend {
@@ -147,48 +145,13 @@ impl GpuBackend {
         Ok((backend, activations))
     }
 
-    /// `y[m, n] = x[m, k] · wᵀ` in bf16, by the kernel or the library that suits `m`.
-    fn product(
-        &mut self,
-        x: DevicePtr,
-        w: &GpuWeight,
-        y: DevicePtr,
-        m: usize,
-        out: Out,
-    ) -> Result<()> {
-        let (n, k) = (w.rows, w.cols);
-        if n == 0 || self.idle() {
-            return Ok(());
-        }
-        if k == 0 {
-            // A rank that holds no head or no feature adds nothing to the sum.
-            let bytes = m * n * if out == Out::F32 { 4 } else { 2 };
-            // SAFETY: the buffers of a step are as long as the plan's longest step, which `begin` has checked.
-            return unsafe { self.driver.fill(y, 0, bytes, self.stream) };
-        }
-        if m <= GEMV_ROWS {
-            return self.kernels.gemv(self.stream, out, w, x, y, m);
-        }
-        let p = Product {
-            x,
-            w: w.ptr,
-            y,
-            m,
-            n,
-            k,
-            out,
-        };
-        // SAFETY: as above; the weights live as long as the backend.
-        unsafe { self.gemm.matmul(&p, self.workspace, self.stream) }
-    }
-
     /// Whether there is nothing to enqueue: a graph that holds it has been launched, or no rows are left.
-    fn idle(&self) -> bool {
+    pub(super) fn idle(&self) -> bool {
         self.rows == 0 || self.graphs.has_launched()
     }
 
     /// Launches a kernel, unless there is nothing to do.
-    fn launch(&self, kernel: Function, launch: &Launch, args: &[Arg]) -> Result<()> {
+    pub(super) fn launch(&self, kernel: Function, launch: &Launch, args: &[Arg]) -> Result<()> {
         if self.idle() {
             return Ok(());
         }
@@ -213,19 +176,6 @@ impl GpuBackend {
     /// How many decode graphs have been recorded.
     pub fn recorded_graphs(&self) -> usize {
         self.graphs.recorded()
-    }
-
-    /// Into how many parts each rank's share of the first `n_known` tokens is cut, and how many of them this rank has.
-    fn parts_of_ranks(&self, n_known: usize) -> (Vec<usize>, usize) {
-        let mut left = n_known;
-        let known = self.g.vocab.iter().map(|&rows| {
-            let here = rows.min(left);
-            left -= here;
-            here
-        });
-        let known: Vec<usize> = known.collect();
-        let parts = known.iter().map(|&n| arena::sample_parts(n)).collect();
-        (parts, known[self.g.tp_rank])
     }
 
     /// K and V cache of a layer.
@@ -488,19 +438,7 @@ impl Backend for GpuBackend {
     }
 
     fn gate_up_silu(&mut self, h: &GpuBuf, gate_up: &GpuWeight, mlp: &mut GpuBuf) -> Result<()> {
-        let (t, inter) = (self.rows, self.g.padded_inter);
-        if inter == 0 {
-            return Ok(());
-        }
-        if t <= GEMV_ROWS {
-            let k = self.g.hidden;
-            let args = args![gate_up.ptr, h.ptr, mlp.ptr, t, inter, k, k, inter];
-            let launch = self.kernels.gemv_launch(inter.div_ceil(8), k);
-            return self.launch(self.kernels.gemv_gate_up_silu, &launch, &args);
-        }
-        self.product(h.ptr, gate_up, self.product, t, Out::Bf16)?;
-        let args = args![self.product, mlp.ptr, inter];
-        self.launch(self.kernels.silu_mul, &Kernels::elements(inter, t), &args)
+        self.gated(h.ptr, gate_up, mlp.ptr)
     }
 
     fn logits(&mut self, h: &GpuBuf, head: &GpuWeight, _: &mut GpuBuf) -> Result<()> {
@@ -510,106 +448,12 @@ impl Backend for GpuBackend {
     }
 
     fn most_likely(&mut self, _: &GpuBuf, n_known: usize) -> Result<Option<Vec<Choice>>> {
-        let s = self.step.n_wanted;
-        let (parts, known) = self.parts_of_ranks(n_known);
-        let counts: Vec<usize> = parts.iter().map(|n| 3 * s * n).collect();
-        let all: usize = counts.iter().sum();
-        if all == 0 {
-            return Ok(Some(Vec::new()));
-        }
-        let mut at = self.arena.get("choices_local");
-        let mine = parts[self.g.tp_rank];
-        if mine > 0 {
-            let rows = at.offset(4 * s * mine);
-            let sums = at.offset(8 * s * mine);
-            let ld = self.g.vocab_local();
-            let args = args![self.logits_local, known, ld, at, rows, sums];
-            let launch = Launch {
-                grid: [mine as u32, s as u32, 1],
-                block: [256, 1, 1],
-                shared: 0,
-            };
-            let kernel = self.kernels.sample_partial;
-            self.kernels.run(kernel, &launch, &args, self.stream)?;
-        }
-        if self.g.vocab.len() > 1 {
-            let gathered = self.arena.get("choices");
-            // SAFETY: the arena outlives the stream's work.
-            unsafe { self.comm.all_gather(at, &counts, gathered, self.stream) }?;
-            at = gathered;
-        }
-        let offset = self.arena.offset(at);
-        let memory = self.arena.memory();
-        self.logits_host
-            .download(0..4 * all, memory, offset, self.stream)?;
-        self.comm.synchronize(self.stream)?;
-        let words = bytemuck::cast_slice(&self.logits_host.as_slice()[..4 * all]);
-        Ok(Some(choose(words, &parts, &self.g.vocab, s)))
+        self.arg_max(n_known).map(Some)
     }
 
     fn read_logits<'a>(&'a mut self, logits: &'a GpuBuf) -> Result<&'a [f32]> {
-        let (s, vocab) = (self.step.n_wanted, logits.cols);
-        let bytes = s * vocab * 4;
-        if self.g.vocab.len() > 1 && s > 0 {
-            let counts: Vec<usize> = self.g.vocab.iter().map(|rows| rows * s).collect();
-            let (local, all) = (self.logits_local, logits.ptr);
-            // SAFETY: the arena outlives the stream's work.
-            unsafe { self.comm.all_gather(local, &counts, all, self.stream) }?;
-        }
-        self.logits_host.download(
-            0..bytes,
-            self.arena.memory(),
-            self.arena.offset(logits.ptr),
-            self.stream,
-        )?;
-        self.comm.synchronize(self.stream)?;
-        let gathered: &[f32] = bytemuck::cast_slice(&self.logits_host.as_slice()[..bytes]);
-        if self.g.vocab.len() == 1 {
-            return Ok(gathered);
-        }
-        // Gathered by rank, wanted by row.
-        let (mut from, mut column) = (0, 0);
-        for &rows in &self.g.vocab {
-            for i in 0..s {
-                self.logits[i * vocab + column..][..rows]
-                    .copy_from_slice(&gathered[from..from + rows]);
-                from += rows;
-            }
-            column += rows;
-        }
-        Ok(&self.logits[..s * vocab])
+        self.gathered_logits(logits)
     }
-}
-
-/// Joins what `sample.cu` found in the parts of every row, on every rank: per rank maxima, ids within the rank's rows, and
-/// sums of exp(logit - maximum), each `[n_rows, parts]`.
-fn choose(words: &[u32], parts: &[usize], vocab: &[usize], n_rows: usize) -> Vec<Choice> {
-    let row = |row: usize| {
-        let mut best = (f32::NEG_INFINITY, 0u32);
-        let mut all: Vec<(f32, f32)> = Vec::new();
-        let (mut begin, mut first_id) = (0, 0u32);
-        for (&n, &rows) in parts.iter().zip(vocab) {
-            for part in 0..n {
-                let word = |array: usize| words[begin + (array * n_rows + row) * n + part];
-                let (max, id, sum) = (f32::from_bits(word(0)), word(1), f32::from_bits(word(2)));
-                // Ranks and parts come in no order of ids, so ties are settled here: the lowest id.
-                if max > best.0 || (max == best.0 && first_id.wrapping_add(id) < best.1) {
-                    best = (max, first_id.wrapping_add(id));
-                }
-                all.push((max, sum));
-            }
-            begin += 3 * n_rows * n;
-            first_id += rows as u32;
-        }
-        let term = |&(max, sum): &(f32, f32)| f64::from(sum) * f64::from(max - best.0).exp();
-        let sum: f64 = all.iter().filter(|p| p.1 > 0.0).map(term).sum();
-        Choice {
-            token: best.1,
-            logit: best.0,
-            log_sum_exp: f64::from(best.0) + sum.ln(),
-        }
-    };
-    (0..n_rows).map(row).collect()
 }
 
 impl Drop for GpuBackend {

@@ -21,7 +21,9 @@ pub mod memory;
 pub mod nccl;
 pub mod nvrtc;
 mod one_shot;
+mod products;
 mod rank;
+mod sampling;
 #[cfg(test)]
 pub mod standin;
 mod step;

@@ -3,6 +3,7 @@
 //! [`Plan::new`] needs no GPU and touches no file; `tandem plan` prints what it returns.
 
 pub mod bytes;
+mod cut;
 mod latency;
 mod memory;
 mod placement;
@@ -10,6 +11,7 @@ mod rates;
 pub mod shards;
 mod table;
 
+pub use cut::{Cut, Placement};
 pub use latency::{Bound, PROMPT_TOKENS, Prediction};
 pub use memory::{Buffer, KV_BLOCK, RankBytes, kv_bytes_per_block, step_buffers};
 pub use placement::{Budget, Tiers};
