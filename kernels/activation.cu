@@ -1,6 +1,7 @@
 // Element-wise work around the large GEMMs (small batches have it inside gemv.cu).
 //
-//   silu_mul(gate_up bf16 [n_tokens, 2 · inter], mlp bf16 [n_tokens, inter], inter)       mlp = silu(gate) · up
+//   silu_mul(gate_up bf16 [n_tokens, 2 · inter], mlp bf16 [n_tokens, ld], inter, ld, run)  mlp = silu(gate) · up
+//     In a row of gate_up, `run` gates are followed by their ups: run = inter, or 8 for rows that lie as in host memory.
 //   add_bias(y bf16 [n_tokens, n], bias bf16 [n], n)                                      y += bias
 //   gather_rows(h bf16 [·, hidden], rows u32 [n_rows], out bf16 [n_rows, hidden], hidden) out[i] = h[rows[i]]
 //     all three: grid (ceil(width / (8 · block)), rows), block any number of warps (256); width % 8 == 0.
@@ -16,18 +17,18 @@ __device__ __forceinline__ int element() {
     return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * 8;
 }
 
-extern "C" __global__ void silu_mul(const bf16* gate_up, bf16* mlp, int inter) {
+extern "C" __global__ void silu_mul(const bf16* gate_up, bf16* mlp, int inter, int ld, int run) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     int i = element();
     if (i >= inter) return;
-    const bf16* gate = gate_up + static_cast<u64>(blockIdx.y) * 2 * inter + i;
+    const bf16* gate = gate_up + static_cast<u64>(blockIdx.y) * 2 * inter + i / run * 2 * run + i % run;
     float g[8], u[8];
     unpack8(load16(gate), g);
-    unpack8(load16(gate + inter), u);
+    unpack8(load16(gate + run), u);
 #pragma unroll
     for (int j = 0; j < 8; ++j) g[j] = silu(g[j]) * u[j];
-    store16(mlp + static_cast<u64>(blockIdx.y) * inter + i, pack8(g));
+    store16(mlp + static_cast<u64>(blockIdx.y) * ld + i, pack8(g));
 }
 
 extern "C" __global__ void add_bias(bf16* y, const bf16* bias, int n) {

@@ -3,7 +3,7 @@
 // The kernels are compiled by NVRTC and include no CUDA header; everything the language does not give is PTX here, right
 // from sm_80 on. With TANDEM_EMULATE the same names come from emulate.hpp and the kernels run on the CPU, so a kernel
 // keeps to these rules:
-//   * global memory is touched only through load, load_stream, store, cp_async16 and atomic_add (bounds are checked there);
+//   * global memory is touched only through load…, store…, cp_async16 and atomic_add (bounds are checked there);
 //   * shared memory is declared by SHARED or DYNAMIC_SHARED and passed on as SharedPtr (races are found there);
 //   * blocks are whole warps in one dimension, and a warp operation is reached by all 32 lanes together;
 //   * every kernel is listed in KERNELS(...) at the end of its file; in KERNELS_IN_ORDER(...) if its blocks wait for other ranks
@@ -188,6 +188,23 @@ __device__ __forceinline__ MarkedWords load_marked(const MarkedWords* p) {
                  : "l"(p)
                  : "memory");
     return v;
+}
+// A word that the host or another device writes or reads meanwhile: what was written before it is seen first.
+__device__ __forceinline__ void store_flag(u32* p, u32 v) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ u32 load_flag(const u32* p) {
+    u32 v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+// What this thread wrote before is seen by the host and other devices before what it writes after.
+__device__ __forceinline__ void fence_system() {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+// Lets some hundred nanoseconds pass.
+__device__ __forceinline__ void pause_thread() {
+    asm volatile("nanosleep.u32 200;");
 }
 __device__ __forceinline__ u64 nanoseconds() {
     u64 t;

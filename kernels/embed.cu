@@ -1,20 +1,23 @@
 // Vocabulary-parallel embedding: the rows of this rank's part of the table, as f32; zeros for tokens of other ranks' rows, so
 // that the sum over ranks is the embedding.
 //
-//   embed(table bf16 [n_rows, hidden], tokens u32 [n_tokens], x f32 [n_tokens, hidden], hidden, first_row, n_rows)
+//   embed(table bf16 [n_near, hidden], far_table bf16 [n_rows - n_near, hidden], tokens u32 [n_tokens], x f32 [n_tokens, hidden], hidden,
+//         first_row, n_near, n_rows)
+//     The rows from n_near on may lie in pinned host memory.
 //     grid (n_tokens), block any number of warps (128). Token id t is row t - first_row of `table`.
 //     hidden % 8 == 0. Reads the named rows, writes all of x.
 //
 // Numerics: exact.
 #include "common.cuh"
 
-extern "C" __global__ void embed(const bf16* table, const u32* tokens, float* x, int hidden, u32 first_row, u32 n_rows) {
+extern "C" __global__ void embed(const bf16* table, const bf16* far_table, const u32* tokens, float* x, int hidden, u32 first_row, u32 n_near,
+                                 u32 n_rows) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     // Unsigned: a token below first_row wraps to a number above n_rows.
     u32 row = load(tokens + blockIdx.x) - first_row;
     bool here = row < n_rows;
-    const bf16* from = table + static_cast<u64>(here ? row : 0) * hidden;
+    const bf16* from = row < n_near ? table + static_cast<u64>(row) * hidden : far_table + static_cast<u64>(here ? row - n_near : 0) * hidden;
     float* to = x + static_cast<u64>(blockIdx.x) * hidden;
     for (int i = static_cast<int>(threadIdx.x) * 8; i < hidden; i += static_cast<int>(blockDim.x) * 8) {
         Vec16 v = here ? load16(from + i) : zero16();

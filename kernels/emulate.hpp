@@ -756,6 +756,18 @@ inline MarkedWords load_marked(const MarkedWords* p) {
     memcpy(&v, halves, 16);
     return v;
 }
+inline void store_flag(u32* p, u32 v) {
+    emulate::machine().check_global(p, 4, true);
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+inline u32 load_flag(const u32* p) {
+    emulate::machine().check_global(p, 4, false);
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+inline void fence_system() {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+inline void pause_thread() {}
 inline u64 nanoseconds() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);

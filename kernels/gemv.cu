@@ -4,6 +4,8 @@
 //   gemv_f32 (…, y f32 [m, ldy], …)                       the vocabulary's head: logits
 //   gemv_gate_up_silu(w bf16 [2 · inter, k] (gate rows, then up rows), x, y bf16 [m, ldy], m, inter, k, ldx, ldy)
 //                                                         y = silu(x · gateᵀ) · (x · upᵀ)
+//   gemv_gate_up_silu_tiled(w bf16 [2 · inter, k] (8 gate rows, their 8 up rows, and so on), …)
+//                                                         the same for the order in which such rows lie in host memory; inter % 8 == 0
 //   gemv_qkv_rope(w bf16 [(n_heads + 2 · n_kv_heads) · head_dim, k], x, bias of w's rows or null, inv_freq f32 [head_dim / 2],
 //                 rope_scale, positions u32 [m], slots u32 [m], q bf16 [m, n_heads · head_dim],
 //                 k_cache, v_cache bf16 [n_blocks, n_kv_heads, 16, head_dim], m, n_heads, n_kv_heads, head_dim, k, ldx)
@@ -213,6 +215,21 @@ struct GateUpRows {
     }
 };
 
+// The same where every tile's rows lie together.
+struct TiledGateUpRows {
+    const bf16* w;
+    bf16* y;
+    int k, ldy;
+
+    __device__ __forceinline__ void pointers(int tile, int g, const bf16*& low, const bf16*& high) const {
+        low = w + static_cast<u64>(tile * 16 + g) * k;
+        high = low + static_cast<u64>(8) * k;
+    }
+    __device__ __forceinline__ void finish(int tile, int g, int token, float gate, float up) const {
+        put(y + static_cast<u64>(token) * ldy + tile * 8 + g, silu(gate) * up);
+    }
+};
+
 // 8 elements of a head's first half over their partners in the second.
 struct QkvRows {
     const bf16 *w, *bias;
@@ -263,10 +280,14 @@ GEMV_KERNEL gemv_gate_up_silu(const bf16* w, const bf16* x, bf16* y, int m, int 
     gemv(GateUpRows{w, y, inter, k, ldy}, x, m, k, ldx, div_up(inter, 8));
 }
 
+GEMV_KERNEL gemv_gate_up_silu_tiled(const bf16* w, const bf16* x, bf16* y, int m, int inter, int k, int ldx, int ldy) {
+    gemv(TiledGateUpRows{w, y, k, ldy}, x, m, k, ldx, inter / 8);
+}
+
 GEMV_KERNEL gemv_qkv_rope(const bf16* w, const bf16* x, const bf16* bias, const float* inv_freq, float rope_scale, const u32* positions,
                           const u32* slots, bf16* q, bf16* k_cache, bf16* v_cache, int m, int n_heads, int n_kv_heads, int head_dim, int k, int ldx) {
     QkvRows rows{w, bias, inv_freq, rope_scale, positions, slots, q, k_cache, v_cache, n_heads, n_kv_heads, head_dim, k};
     gemv(rows, x, m, k, ldx, (n_heads + 2 * n_kv_heads) * (head_dim / 16));
 }
 
-KERNELS(gemv_bf16, gemv_f32, gemv_gate_up_silu, gemv_qkv_rope)
+KERNELS(gemv_bf16, gemv_f32, gemv_gate_up_silu, gemv_gate_up_silu_tiled, gemv_qkv_rope)

@@ -103,6 +103,13 @@ impl Kernels {
     }
 }
 
+/// `y[m, n] = x[m, k] · w[n, k]ᵀ` as a stream of the weights, for the few rows of a decode step.
+pub fn few_rows(pool: &Pool, x: &[f32], m: usize, w: Matrix<'_>, y: &mut [f32]) {
+    assert_eq!(x.len(), m * w.cols);
+    assert_eq!(y.len(), m * w.rows);
+    gemv::gemv(pool, x, m, w, w.rows, Epilogue::Bias(None), y);
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::testing::{Rng, pools, weights};

@@ -47,7 +47,7 @@ pub use backend::{CpuBackend, HostBuf, HostWeight};
 pub use bandwidth::{measure_fma_rate, measure_read_bandwidth};
 pub use embed::embed;
 pub use isa::Isa;
-pub use matmul::{Kernels, Matrix};
+pub use matmul::{Kernels, Matrix, few_rows};
 pub use norm::{add_rms_norm, rms_norm};
 pub use pool::Pool;
 pub use rope::{QkvShape, Rope, qkv_epilogue};

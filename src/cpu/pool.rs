@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// How long an idle thread spins before it sleeps: longer than the serial parts of a step and an all-reduce.
 const SPIN: Duration = Duration::from_micros(200);
+/// The same for a pool that works beside a GPU, which may be busy for longer between two jobs.
+const LONG_SPIN: Duration = Duration::from_millis(20);
 
 type Task<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
@@ -59,7 +61,15 @@ impl Pool {
     /// # Errors
     /// `cpus` is empty, names a CPU outside the affinity mask, or a thread cannot be started.
     pub fn new(cpus: &[usize]) -> Result<Pool> {
-        Pool::build(cpus, Isa::detect(), true)
+        Pool::build(cpus, Isa::detect(), Some(SPIN))
+    }
+
+    /// The same for jobs that come with pauses in between.
+    ///
+    /// # Errors
+    /// Those of [`Pool::new`].
+    pub fn eager(cpus: &[usize]) -> Result<Pool> {
+        Pool::build(cpus, Isa::detect(), Some(LONG_SPIN))
     }
 
     /// As many threads as `cpus`, neither bound nor spinning: for ranks that share their CPUs with others.
@@ -67,7 +77,7 @@ impl Pool {
     /// # Errors
     /// `cpus` is empty, or a thread cannot be started.
     pub fn sharing(cpus: &[usize]) -> Result<Pool> {
-        Pool::build(cpus, Isa::detect(), false)
+        Pool::build(cpus, Isa::detect(), None)
     }
 
     /// The same pool with another instruction set.
@@ -82,7 +92,9 @@ impl Pool {
         Ok(self)
     }
 
-    fn build(cpus: &[usize], isa: Isa, exclusive: bool) -> Result<Pool> {
+    /// `spin` is how long idle threads spin where their CPUs are theirs alone; `None` where they are not.
+    fn build(cpus: &[usize], isa: Isa, spin: Option<Duration>) -> Result<Pool> {
+        let exclusive = spin.is_some();
         let Some(&first) = cpus.first() else {
             return Err(Error::failed("a thread pool needs at least one CPU"));
         };
@@ -93,7 +105,7 @@ impl Pool {
             caller: std::sync::Mutex::new(None),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
-            spin: if exclusive { SPIN } else { Duration::ZERO },
+            spin: spin.unwrap_or(Duration::ZERO),
         });
         let mut pool = Pool {
             shared,

@@ -4,13 +4,14 @@ use super::Limits;
 use super::arena::{self, Arena, StepBuffers};
 use super::collective::{DeviceCollective, Element, FusedNorm};
 use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Pinned, Stream, args};
-use super::gemm::{Gemm, Out};
+use super::gemm::Gemm;
 use super::geometry::Geometry;
 use super::graphs::Graphs;
 use super::launch::{Kernels, PREFILL_SHARED_PER_ELEMENT};
 use super::load::GpuWeight;
 use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
-use super::products::GEMV_ROWS;
+use super::offload::Offload;
+use super::products::{Form, GEMV_ROWS, Target};
 use super::rank::Parts;
 use super::step::Step;
 use crate::Result;
@@ -48,6 +49,8 @@ pub struct GpuBackend {
     pub(super) cache: DeviceBuffer,
     /// Keeps the weights that [`GpuWeight`]s point to.
     _weights: DeviceBuffer,
+    /// Weights that are not on the device.
+    pub(super) offload: Option<Offload>,
     pub(super) product: DevicePtr,
     pub(super) wanted: DevicePtr,
     pub(super) logits_local: DevicePtr,
@@ -74,6 +77,7 @@ impl GpuBackend {
         limits: Limits,
         parts: Parts,
         weights: DeviceBuffer,
+        offload: Option<Offload>,
     ) -> Result<(Self, Activations<GpuBuf>)> {
         let Parts {
             driver,
@@ -134,6 +138,7 @@ impl GpuBackend {
                 vec![0.0; n_logits]
             },
             _weights: weights,
+            offload,
             driver,
             gemm,
             comm,
@@ -231,17 +236,28 @@ impl Backend for GpuBackend {
             self.stream,
         )?;
         self.sent.record(self.stream)?;
-        self.graphs.begin(step.decode_key())
+        let recordable = self.offload.as_ref().is_none_or(Offload::can_record);
+        let key = step.decode_key().filter(|_| recordable);
+        if let Some(offload) = &mut self.offload {
+            offload.begin(step.n_tokens, key.is_some())?;
+        }
+        self.graphs.begin(key)?;
+        match &mut self.offload {
+            Some(offload) if self.graphs.is_recording() => offload.begin_recording(),
+            _ => Ok(()),
+        }
     }
 
     fn embed(&mut self, table: &GpuWeight, x: &mut GpuBuf) -> Result<()> {
         let (g, tokens) = (&self.g, self.step.tokens);
         let args = args![
             table.ptr,
+            table.host_ptr,
             tokens,
             x.ptr,
             g.hidden,
             g.first_row,
+            table.resident,
             g.vocab_local()
         ];
         self.launch(
@@ -311,7 +327,7 @@ impl Backend for GpuBackend {
         let bias = pointer(&layer.qkv_bias);
         let (k_cache, v_cache) = self.layer_cache(index);
         let (inv_freq, scale) = (self.inv_freq.ptr(), self.rope_scale);
-        if t <= GEMV_ROWS && layer.q_norm.is_none() {
+        if t <= GEMV_ROWS && layer.q_norm.is_none() && layer.qkv.host.is_none() {
             let (w, k) = (layer.qkv.ptr, g.hidden);
             let args = args![
                 w,
@@ -361,7 +377,12 @@ impl Backend for GpuBackend {
             block: [32 * warps as u32, 1, 1],
             shared: 0,
         };
-        self.product(h.ptr, &layer.qkv, qkv, t, Out::Bf16)?;
+        let to = Target {
+            y: qkv,
+            ld: self.g.qkv_width(),
+            form: Form::Bf16,
+        };
+        self.product(h.ptr, &layer.qkv, t, to)?;
         self.launch(self.kernels.qkv_rope, &launch, &args)
     }
 
@@ -434,15 +455,35 @@ impl Backend for GpuBackend {
     }
 
     fn matmul(&mut self, x: &GpuBuf, weight: &GpuWeight, y: &mut GpuBuf) -> Result<()> {
-        self.product(x.ptr, weight, y.ptr, self.rows, Out::Bf16)
+        let to = Target {
+            y: y.ptr,
+            ld: y.cols,
+            form: Form::Bf16,
+        };
+        self.product(x.ptr, weight, self.rows, to)
     }
 
     fn gate_up_silu(&mut self, h: &GpuBuf, gate_up: &GpuWeight, mlp: &mut GpuBuf) -> Result<()> {
-        self.gated(h.ptr, gate_up, mlp.ptr)
+        let to = Target {
+            y: mlp.ptr,
+            ld: mlp.cols,
+            form: Form::Gated,
+        };
+        self.product(h.ptr, gate_up, self.rows, to)
     }
 
     fn logits(&mut self, h: &GpuBuf, head: &GpuWeight, _: &mut GpuBuf) -> Result<()> {
-        self.product(h.ptr, head, self.logits_local, self.rows, Out::F32)?;
+        let to = Target {
+            y: self.logits_local,
+            ld: self.g.vocab_local(),
+            form: Form::F32,
+        };
+        self.product(h.ptr, head, self.rows, to)?;
+        if let Some(offload) = &mut self.offload
+            && self.graphs.is_recording()
+        {
+            offload.end_recording()?;
+        }
         // Nothing of a forward pass comes after the logits.
         self.graphs.end()
     }

@@ -69,7 +69,7 @@ struct Api {
 pub struct CublasLt {
     api: Api,
     handle: Handle,
-    plans: HashMap<(usize, usize, usize, Out), Plan>,
+    plans: HashMap<(usize, usize, usize, usize, Out), Plan>,
 }
 
 // SAFETY: the library allows its handle and descriptors on any thread, one at a time.
@@ -118,7 +118,7 @@ impl CublasLt {
     }
 
     fn plan(&mut self, p: &Product) -> Result<Plan> {
-        let key = (p.m, p.n, p.k, p.out);
+        let key = (p.m, p.n, p.k, p.ldy, p.out);
         if let Some(plan) = self.plans.get(&key) {
             return Ok(*plan);
         }
@@ -148,13 +148,14 @@ impl CublasLt {
                 as u32;
         let (m, n, k) = (p.m as u64, p.n as u64, p.k as u64);
         let api = &self.api;
-        let layout = |kind, rows: u64, cols: u64| -> Result<Handle> {
+        let layout = |kind, rows: u64, cols: u64, ld: usize| -> Result<Handle> {
             let mut made = ptr::null_mut();
             // SAFETY: an out-parameter.
-            let code = unsafe { (api.layout_create)(&mut made, kind, rows, cols, rows as i64) };
+            let code = unsafe { (api.layout_create)(&mut made, kind, rows, cols, ld as i64) };
             check("cublasLtMatrixLayoutCreate", code).map(|()| made)
         };
-        let (w, x, y) = (layout(bf16, k, n)?, layout(bf16, k, m)?, layout(out, n, m)?);
+        let (w, x) = (layout(bf16, k, n, p.k)?, layout(bf16, k, m, p.k)?);
+        let y = layout(out, n, m, p.ldy)?;
         let (mut desc, mut preference) = (ptr::null_mut(), ptr::null_mut());
         let mut found = Heuristic {
             algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },

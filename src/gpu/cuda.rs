@@ -326,6 +326,22 @@ impl Driver for Cuda {
         })
     }
 
+    unsafe fn pin(&self, ptr: *mut u8, bytes: usize) -> Result<()> {
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: passed on to the caller.
+        let done = self.call("cuMemHostRegister", || unsafe {
+            sys::cuMemHostRegister_v2(ptr.cast(), bytes, flags)
+        });
+        done.map_err(|e| Error::failed(format_args!("{e}: {bytes} bytes to lock")))
+    }
+
+    unsafe fn unpin(&self, ptr: *mut u8) -> Result<()> {
+        // SAFETY: passed on to the caller.
+        self.call("cuMemHostUnregister", || unsafe {
+            sys::cuMemHostUnregister(ptr.cast())
+        })
+    }
+
     fn create_stream(&self) -> Result<Stream> {
         let mut made = std::ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;

@@ -176,6 +176,17 @@ pub trait Driver: Send + Sync {
     /// Not yet returned, and no work that uses it is pending.
     unsafe fn free_pinned(&self, ptr: *mut u8) -> Result<()>;
 
+    /// Locks host memory of the caller's, so that the device can read and write it at the same address.
+    ///
+    /// # Safety
+    /// The range stays mapped until [`Driver::unpin`].
+    unsafe fn pin(&self, ptr: *mut u8, bytes: usize) -> Result<()>;
+    /// Ends [`Driver::pin`].
+    ///
+    /// # Safety
+    /// Pinned, and no work that uses it is pending.
+    unsafe fn unpin(&self, ptr: *mut u8) -> Result<()>;
+
     /// A new stream; it does not wait for any other.
     fn create_stream(&self) -> Result<Stream>;
     /// Whether everything enqueued on `stream` is done; does not wait.

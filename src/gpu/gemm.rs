@@ -12,7 +12,7 @@ pub enum Out {
     F32,
 }
 
-/// `y = x · wᵀ` with x `[m, k]` and w `[n, k]` in bf16 and y `[m, n]`, all row-major without gaps.
+/// `y = x · wᵀ` with x `[m, k]` and w `[n, k]` in bf16, row-major without gaps, and y `[m, n]` in rows of `ldy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Product {
     /// `[m, k]`
@@ -27,6 +27,8 @@ pub struct Product {
     pub n: usize,
     /// Columns of both.
     pub k: usize,
+    /// Elements from a row of y to the next.
+    pub ldy: usize,
     /// Type of y.
     pub out: Out,
 }
@@ -66,12 +68,15 @@ impl Gemm for HostGemm {
                 floats(memory.read(p.w.0, p.n * p.k)?),
             );
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-            let row = |x| w.chunks_exact(p.k).map(move |w| dot(x, w));
-            let y = x.chunks_exact(p.k).flat_map(row);
-            match p.out {
-                Out::F32 => memory.write(p.y.0, &y.collect::<Vec<f32>>()),
-                Out::Bf16 => memory.write(p.y.0, &y.map(bf16::from_f32).collect::<Vec<_>>()),
+            for (i, x) in x.chunks_exact(p.k).enumerate() {
+                let y = w.chunks_exact(p.k).map(|w| dot(x, w));
+                let at = |size: usize| p.y.offset(i * p.ldy * size).0;
+                match p.out {
+                    Out::F32 => memory.write(at(4), &y.collect::<Vec<f32>>())?,
+                    Out::Bf16 => memory.write(at(2), &y.map(bf16::from_f32).collect::<Vec<_>>())?,
+                }
             }
+            Ok(())
         };
         self.0
             .enqueue_host("gemm", std::sync::Arc::new(work), stream)

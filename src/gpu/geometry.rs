@@ -143,6 +143,12 @@ impl Spread {
         i / self.unit * self.padded + i % self.unit
     }
 
+    /// The element that lies at `at`; `None` for padding.
+    pub fn element(self, at: usize) -> Option<usize> {
+        let inside = at.checked_rem(self.padded)?;
+        (inside < self.unit).then(|| at / self.padded * self.unit + inside)
+    }
+
     /// Elements on the device for `n` of the model.
     pub fn len(self, n: usize) -> usize {
         n.checked_div(self.unit)
@@ -172,19 +178,19 @@ impl Layout {
         self.col.len(self.cols)
     }
 
-    /// Row on the device of the model's row `i`.
-    pub fn row(&self, i: usize) -> usize {
-        self.row.place(i)
-    }
-
     /// Column on the device of the model's column `i`.
     pub fn col(&self, i: usize) -> usize {
         self.col.place(i)
     }
 
-    /// Whether the matrix lies on the device as it is.
-    pub fn is_plain(&self) -> bool {
-        self.scale == 1.0 && (self.device_rows(), self.device_cols()) == (self.rows, self.cols)
+    /// The model's row that lies in a row on the device; `None` for padding.
+    pub fn model_row(&self, device_row: usize) -> Option<usize> {
+        self.row.element(device_row).filter(|&row| row < self.rows)
+    }
+
+    /// Whether a row lies on the device as it is.
+    pub fn has_plain_columns(&self) -> bool {
+        self.scale == 1.0 && self.device_cols() == self.cols
     }
 }
 
@@ -221,6 +227,8 @@ mod tests {
             [0, 1, 2, 3, 32, 33, 34, 35, 64]
         );
         assert_eq!(heads.len(16), 128);
+        assert!((0..40).all(|i| heads.element(heads.place(i)) == Some(i)));
+        assert_eq!(heads.element(4), None);
     }
 
     #[test]

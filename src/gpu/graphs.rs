@@ -79,6 +79,11 @@ impl Graphs {
         self.mode == Mode::Replayed
     }
 
+    /// Whether the step's operations are being recorded.
+    pub fn is_recording(&self) -> bool {
+        matches!(self.mode, Mode::Recording(_))
+    }
+
     /// Ends the step's operations: what was recorded is launched for the first time.
     ///
     /// # Errors

@@ -60,6 +60,8 @@ pub static ATTENTION_DECODE: Source = source!("attention_decode");
 
 /// Greedy choice.
 pub static SAMPLE: Source = source!("sample");
+/// The hand-over of products to the host's cores.
+pub static HANDOVER: Source = source!("handover");
 /// One-shot all-reduce over peer memory.
 pub static ALL_REDUCE: Source = source!("all_reduce");
 
@@ -73,6 +75,7 @@ pub static SOURCES: &[&Source] = &[
     &ATTENTION_PREFILL,
     &ATTENTION_DECODE,
     &SAMPLE,
+    &HANDOVER,
     &ALL_REDUCE,
 ];
 

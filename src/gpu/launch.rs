@@ -1,9 +1,7 @@
 //! The kernels by name, and the launch shapes that their notebooks ask for.
 
-use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Stream, args};
-use super::gemm::Out;
+use super::driver::{Arg, Driver, Function, Launch, Stream};
 use super::kernels;
-use super::load::GpuWeight;
 use crate::Result;
 use std::sync::Arc;
 
@@ -28,6 +26,8 @@ pub struct Kernels {
     /// `gemv.cu`
     pub gemv_gate_up_silu: Function,
     /// `gemv.cu`
+    pub gemv_gate_up_silu_tiled: Function,
+    /// `gemv.cu`
     pub gemv_qkv_rope: Function,
     /// `qkv.cu`
     pub qkv_rope: Function,
@@ -37,6 +37,14 @@ pub struct Kernels {
     pub gather_rows: Function,
     /// `sample.cu`
     pub sample_partial: Function,
+    /// `handover.cu`
+    pub hand_over: Function,
+    /// `handover.cu`
+    pub take_back_bf16: Function,
+    /// `handover.cu`
+    pub take_back_f32: Function,
+    /// `handover.cu`
+    pub take_back_gated: Function,
     /// `attention_prefill.cu`
     pub attention_prefill: Function,
     /// `attention_decode.cu`
@@ -61,10 +69,15 @@ impl Kernels {
             gemv_bf16: get(&kernels::GEMV, "gemv_bf16")?,
             gemv_f32: get(&kernels::GEMV, "gemv_f32")?,
             gemv_gate_up_silu: get(&kernels::GEMV, "gemv_gate_up_silu")?,
+            gemv_gate_up_silu_tiled: get(&kernels::GEMV, "gemv_gate_up_silu_tiled")?,
             gemv_qkv_rope: get(&kernels::GEMV, "gemv_qkv_rope")?,
             qkv_rope: get(&kernels::QKV, "qkv_rope")?,
             silu_mul: get(&kernels::ACTIVATION, "silu_mul")?,
             gather_rows: get(&kernels::ACTIVATION, "gather_rows")?,
+            hand_over: get(&kernels::HANDOVER, "hand_over")?,
+            take_back_bf16: get(&kernels::HANDOVER, "take_back_bf16")?,
+            take_back_f32: get(&kernels::HANDOVER, "take_back_f32")?,
+            take_back_gated: get(&kernels::HANDOVER, "take_back_gated")?,
             sample_partial: get(&kernels::SAMPLE, "sample_partial")?,
             attention_prefill: by_width(&kernels::ATTENTION_PREFILL, "attention_prefill")?,
             attention_decode: by_width(&kernels::ATTENTION_DECODE, "attention_decode")?,
@@ -101,34 +114,6 @@ impl Kernels {
     /// The launch rule of `gemv.cu` for products over `k`.
     pub fn gemv_launch(&self, tiles: usize, k: usize) -> Launch {
         gemv_launch(tiles, k, self.sm_count)
-    }
-
-    /// `y = x · wᵀ` for `m` ≤ 8 rows.
-    ///
-    /// # Errors
-    /// Those of the driver.
-    pub fn gemv(
-        &self,
-        stream: Stream,
-        out: Out,
-        w: &GpuWeight,
-        x: DevicePtr,
-        y: DevicePtr,
-        m: usize,
-    ) -> Result<()> {
-        let (n, k, bias) = (w.rows, w.cols, DevicePtr(0));
-        let args = args![w.ptr, x, bias, y, m, n, k, k, n];
-        let kernel = if out == Out::F32 {
-            self.gemv_f32
-        } else {
-            self.gemv_bf16
-        };
-        self.run(
-            kernel,
-            &self.gemv_launch(w.rows.div_ceil(16), k),
-            &args,
-            stream,
-        )
     }
 }
 

@@ -1,25 +1,33 @@
-//! Weights onto the device: file → pinned memory → device, one slot being read while the other is copied.
+//! Weights into place: file → pinned memory → device, one slot being read while the other is copied; or file → host memory,
+//! which is locked afterwards, for what the plan leaves there.
 
 use super::driver::{DevicePtr, Driver, Pinned, Stream};
-use super::geometry::{Geometry, Layout};
-use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
-use crate::weights::{self, Dtype, LoadStats, LocalMatrix, Source};
+use super::geometry::Geometry;
+use super::memory::{DeviceBuffer, LockedMemory, OwnedEvent, PinnedBuffer};
+use super::offload::HostPart;
+use super::regions::{self, Piece, Region, is_gated};
+use crate::plan::Placement;
+use crate::weights::{LoadStats, LocalMatrix, Source};
 use crate::{Error, Result};
-use half::{bf16, f16};
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// A bf16 matrix on the device, row-major without gaps; a vector has one column.
+/// A bf16 matrix, row-major without gaps; a vector has one column.
 #[derive(Debug, Clone, Copy)]
 pub struct GpuWeight {
-    /// Where it begins.
+    /// Where its rows on the device begin.
     pub ptr: DevicePtr,
     /// Output features, padding included.
     pub rows: usize,
     /// Input features, padding included.
     pub cols: usize,
+    /// How many rows (of `gate_up`, features) are on the device; the others follow them.
+    pub resident: usize,
+    /// Where its rows in host memory begin.
+    pub host_ptr: DevicePtr,
+    /// The number by which the offload knows it, where it has rows elsewhere.
+    pub host: Option<usize>,
 }
 
 /// Every matrix begins at a multiple of this.
@@ -27,207 +35,242 @@ const ALIGN: usize = 256;
 /// Bytes of one of the two slots of pinned memory.
 const SLOT: usize = 64 << 20;
 
-/// Bytes that a rank's weights take on the device.
-pub fn device_bytes(matrices: &[LocalMatrix], g: &Geometry) -> usize {
-    matrices
-        .iter()
-        .map(|m| matrix_bytes(&g.layout(&m.name, m.rows, m.cols)).next_multiple_of(ALIGN))
-        .sum()
+/// All weights of a rank.
+pub struct Loaded {
+    /// Keeps what is on the device.
+    pub memory: DeviceBuffer,
+    /// Each matrix by its local name.
+    pub weights: HashMap<String, GpuWeight>,
+    /// What is not on the device.
+    pub host: Option<(LockedMemory, Vec<HostPart>)>,
+    /// What it took.
+    pub stats: LoadStats,
 }
 
-fn matrix_bytes(layout: &Layout) -> usize {
-    layout.device_rows() * layout.device_cols() * 2
-}
-
-/// Loads every matrix: the memory that holds them, and each by its local name.
-///
-/// All are kept in bf16: what is stored wider is rounded to it, once. `progress` gets the bytes of the source's
-/// matrices just placed, as [`weights::load`] counts them.
+/// Loads every matrix as `placement` says. `progress` gets the bytes of the source's matrices just placed, as
+/// [`crate::weights::load`] counts them.
 ///
 /// # Errors
-/// Too little memory on the device, and those of [`weights::load`].
+/// Too little memory on the device or the host, and those of [`crate::weights::load`].
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is another thing; a struct would only rename them"
+)]
 pub fn load(
     driver: &Arc<dyn Driver>,
     source: Source<'_>,
     matrices: &[LocalMatrix],
     g: &Geometry,
+    placement: &Placement,
     threads: usize,
     stream: Stream,
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<(DeviceBuffer, HashMap<String, GpuWeight>, LoadStats)> {
+) -> Result<Loaded> {
     let start = Instant::now();
-    let memory = DeviceBuffer::new(driver, device_bytes(matrices, g), "weights")?;
-    let mut places = HashMap::new();
-    let mut pieces = Vec::new();
-    let mut at = 0;
-    for m in matrices {
+    // In the order in which a step needs them, in which what is elsewhere is brought.
+    let mut matrices: Vec<&LocalMatrix> = matrices.iter().collect();
+    matrices.sort_by_key(|m| !m.name.starts_with("layers."));
+    let mut cut = Vec::new();
+    for m in &matrices {
         let layout = g.layout(&m.name, m.rows, m.cols);
-        let (rows, cols) = (layout.device_rows(), layout.device_cols());
-        places.insert(
+        let parts = Region::cut(m, layout, placement.of(&m.name).unwrap_or_default())?;
+        cut.push((parts, layout));
+    }
+    let resident = |c: &([Region; 3], _)| c.0[0].bytes().next_multiple_of(ALIGN);
+    let memory = DeviceBuffer::new(driver, cut.iter().map(resident).sum(), "weights")?;
+    let mut loader = Loader {
+        source,
+        threads,
+        progress,
+        scratch: Vec::new(),
+        stats: LoadStats {
+            bytes_read: 0,
+            bytes_placed: 0,
+            seconds: 0.0,
+        },
+    };
+    loader.onto_device(driver, cut.iter().map(|c| &c.0[0]), &memory, stream)?;
+    let pinned: Vec<&Region> = cut.iter().map(|c| &c.0[1]).collect();
+    let locked = loader.into_host_memory(driver, &pinned)?;
+
+    let (mut weights, mut parts) = (HashMap::new(), Vec::new());
+    let (mut at, mut host_at) = (0, 0);
+    // An untied embedding is only looked up: nothing of it is ever multiplied.
+    let untied = matrices.iter().any(|m| m.name == "head");
+    for (m, ([here, there, file], layout)) in matrices.iter().zip(cut) {
+        let per_row = if is_gated(&m.name) { 2 } else { 1 };
+        let elsewhere = there.bytes() + file.bytes() > 0 && !(m.name == "embed" && untied);
+        let resident = here.rows() / per_row;
+        weights.insert(
             m.name.clone(),
             GpuWeight {
                 ptr: memory.ptr().offset(at),
-                rows,
-                cols,
+                rows: layout.device_rows(),
+                cols: layout.device_cols(),
+                resident,
+                host_ptr: locked.device(host_at),
+                host: elsewhere.then_some(parts.len()),
             },
         );
-        pieces.extend(Piece::cut(m, layout, at));
-        at += matrix_bytes(&layout).next_multiple_of(ALIGN);
+        at += here.bytes().next_multiple_of(ALIGN);
+        let offset = host_at;
+        host_at += there.bytes().next_multiple_of(crate::weights::ALIGN);
+        if elsewhere {
+            parts.push(HostPart::new(m, resident, &there, offset, file));
+        }
     }
-    let mut ring = Ring::new(driver, &pieces, stream)?;
-    let mut stats = LoadStats {
-        bytes_read: 0,
-        bytes_placed: 0,
-        seconds: 0.0,
-    };
-    let mut rest = &pieces[..];
-    while !rest.is_empty() {
-        let n = Piece::that_fit(rest);
-        let (now, later) = rest.split_at(n);
-        rest = later;
-        let done = ring.fill(source, now, threads, progress, &memory)?;
-        stats.bytes_read += done.bytes_read;
-        stats.bytes_placed += done.bytes_placed;
-    }
-    driver.synchronize(stream)?;
-    stats.seconds = start.elapsed().as_secs_f64();
-    Ok((memory, places, stats))
+    loader.stats.seconds = start.elapsed().as_secs_f64();
+    Ok(Loaded {
+        memory,
+        weights,
+        host: (host_at > 0 || !parts.is_empty()).then_some((locked, parts)),
+        stats: loader.stats,
+    })
 }
 
-/// Some rows of a matrix, few enough for a slot.
-struct Piece {
-    /// The rows, as a matrix of their own.
-    matrix: LocalMatrix,
-    /// First row in the whole matrix.
-    first_row: usize,
-    layout: Layout,
-    /// The device rows that it fills, padding included.
-    device_rows: Range<usize>,
-    /// Offset of those on the device.
+struct Loader<'a> {
+    source: Source<'a>,
+    threads: usize,
+    progress: &'a (dyn Fn(u64) + Sync),
+    /// For what has to be repacked.
+    scratch: Vec<u8>,
+    stats: LoadStats,
+}
+
+/// Rows of a region that are read together.
+struct Batch {
+    piece: Piece,
+    /// Offset where it will lie.
     at: usize,
 }
 
-impl Piece {
-    /// Cuts a matrix into pieces; `at` is its own offset on the device.
-    fn cut(m: &LocalMatrix, layout: Layout, at: usize) -> Vec<Piece> {
-        let wide = layout.device_cols().max(m.cols) * 4;
-        let per_piece = (SLOT / wide.max(1)).max(1);
-        let mut pieces: Vec<Piece> = Vec::new();
-        let mut first_row = 0;
-        let mut filled = 0;
-        while first_row < m.rows {
-            let mut end = (first_row + per_piece).min(m.rows);
-            // A piece must not end inside a run that is followed by padding, nor before it.
-            while end < m.rows && layout.row(end) != layout.row(end - 1) + 1 && end > first_row + 1
-            {
-                end -= 1;
-            }
-            let device_end = if end == m.rows {
-                layout.device_rows()
-            } else {
-                layout.row(end)
-            };
-            pieces.push(Piece {
-                matrix: rows_of(m, first_row..end),
-                first_row,
-                layout,
-                device_rows: filled..device_end,
-                at: at + filled * layout.device_cols() * 2,
-            });
-            filled = device_end;
-            first_row = end;
+impl Loader<'_> {
+    fn onto_device<'r>(
+        &mut self,
+        driver: &Arc<dyn Driver>,
+        regions: impl Iterator<Item = &'r Region>,
+        memory: &DeviceBuffer,
+        stream: Stream,
+    ) -> Result<()> {
+        let mut at = 0;
+        let mut batches = Vec::new();
+        for region in regions {
+            batches.extend(cut_for_slots(region, at));
+            at += region.bytes().next_multiple_of(ALIGN);
         }
-        pieces
+        let mut ring = Ring::new(driver, &batches)?;
+        while !batches.is_empty() {
+            let now: Vec<Batch> = batches.drain(..that_fit(&batches)).collect();
+            let (slot, copied) = ring.next()?;
+            let (mut places, mut rest) = (Vec::new(), slot.as_mut_slice());
+            for b in &now {
+                let (mine, later) = std::mem::take(&mut rest).split_at_mut(staged(b.piece.bytes()));
+                places.push(&mut mine[..b.piece.bytes()]);
+                rest = later;
+            }
+            let pieces: Vec<Piece> = now.iter().map(|b| b.piece.clone()).collect();
+            self.read(&pieces, places)?;
+            let mut from = 0;
+            for b in &now {
+                slot.upload(from..from + b.piece.bytes(), memory, b.at, stream)?;
+                from += staged(b.piece.bytes());
+            }
+            copied.record(stream)?;
+        }
+        driver.synchronize(stream)
     }
 
-    /// How many pieces from the front fit a slot together; at least one.
-    fn that_fit(pieces: &[Piece]) -> usize {
-        let mut sum = 0;
-        let fit = pieces.iter().take_while(|p| {
-            sum += p.staged();
-            sum <= SLOT
-        });
-        fit.count().max(1)
-    }
-
-    /// Bytes on the device.
-    fn bytes(&self) -> usize {
-        self.device_rows.len() * self.layout.device_cols() * 2
-    }
-
-    /// Bytes in a slot.
-    fn staged(&self) -> usize {
-        self.bytes().next_multiple_of(ALIGN)
-    }
-
-    /// Whether it is read right where it is copied from.
-    fn is_direct(&self) -> bool {
-        self.layout.is_plain() && self.matrix.dtype == Dtype::Bf16
-    }
-
-    /// Rounds and spreads what was read into what is copied.
-    fn repack(&self, read: &[u8], staged: &mut [u8]) {
-        let (cols, device_cols) = (self.matrix.cols, self.layout.device_cols());
-        staged.fill(0);
-        for (i, row) in read
-            .chunks_exact(cols * self.matrix.dtype.size())
-            .enumerate()
-        {
-            let to = (self.layout.row(self.first_row + i) - self.device_rows.start) * device_cols;
-            for (j, element) in row.chunks_exact(self.matrix.dtype.size()).enumerate() {
-                let value = match (self.matrix.dtype, element) {
-                    (Dtype::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
-                    (Dtype::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
-                    (_, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-                    _ => f32::NAN,
-                };
-                let place = 2 * (to + self.layout.col(j));
-                staged[place..place + 2]
-                    .copy_from_slice(&bf16::from_f32(value * self.layout.scale).to_le_bytes());
+    /// Host memory for the regions, filled and then locked.
+    fn into_host_memory(
+        &mut self,
+        driver: &Arc<dyn Driver>,
+        regions: &[&Region],
+    ) -> Result<LockedMemory> {
+        let align = crate::weights::ALIGN;
+        let bytes: usize = regions
+            .iter()
+            .map(|r| r.bytes().next_multiple_of(align))
+            .sum();
+        let mut memory = LockedMemory::map(bytes)?;
+        let mut rest = memory.as_mut_slice();
+        for region in regions {
+            let (mut mine, later) =
+                std::mem::take(&mut rest).split_at_mut(region.bytes().next_multiple_of(align));
+            rest = later;
+            let rows = rows_of_a_slot(region);
+            let mut row = 0;
+            while row < region.rows() {
+                let end = (row + rows).min(region.rows());
+                let piece = region.piece(row..end);
+                let (place, later) = std::mem::take(&mut mine).split_at_mut(piece.bytes());
+                mine = later;
+                self.read(&[piece], vec![place])?;
+                row = end;
             }
         }
+        // Locking comes last: by then all threads together have touched the pages, which one thread alone would take long for.
+        memory.lock(driver)?;
+        Ok(memory)
+    }
+
+    fn read(&mut self, pieces: &[Piece], places: Vec<&mut [u8]>) -> Result<()> {
+        let (threads, progress) = (self.threads, self.progress);
+        let done = regions::read(
+            self.source,
+            pieces,
+            places,
+            &mut self.scratch,
+            threads,
+            progress,
+        )?;
+        self.stats.bytes_read += done.bytes_read;
+        self.stats.bytes_placed += done.bytes_placed;
+        Ok(())
     }
 }
 
-/// Rows `rows` of a matrix as a matrix.
-fn rows_of(m: &LocalMatrix, rows: Range<usize>) -> LocalMatrix {
-    let mut parts = Vec::new();
-    for part in &m.parts {
-        let (begin, end) = (
-            part.dst_row.max(rows.start),
-            (part.dst_row + part.rows.len()).min(rows.end),
-        );
-        if begin < end {
-            let from = part.rows.start + begin - part.dst_row;
-            let mut part = part.clone();
-            part.rows = from..from + end - begin;
-            part.dst_row = begin - rows.start;
-            parts.push(part);
-        }
-    }
-    LocalMatrix {
-        name: m.name.clone(),
-        rows: rows.len(),
-        cols: m.cols,
-        dtype: m.dtype,
-        parts,
-    }
+fn staged(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGN)
+}
+
+/// Rows of a region that fill a slot; what is stored wider takes more room on its way.
+fn rows_of_a_slot(region: &Region) -> usize {
+    let wide = region.row_bytes().max(region.matrix.cols * 2) * 2;
+    (SLOT / wide.max(1)).max(1)
+}
+
+fn cut_for_slots(region: &Region, at: usize) -> Vec<Batch> {
+    let (rows, all) = (rows_of_a_slot(region), region.rows());
+    let cut = (0..all).step_by(rows).map(|row| Batch {
+        piece: region.piece(row..(row + rows).min(all)),
+        at: at + row * region.row_bytes(),
+    });
+    cut.collect()
+}
+
+/// How many batches from the front fit a slot together; at least one.
+fn that_fit(batches: &[Batch]) -> usize {
+    let mut sum = 0;
+    let fit = batches.iter().take_while(|b| {
+        sum += staged(b.piece.bytes());
+        sum <= SLOT
+    });
+    fit.count().max(1)
 }
 
 /// Two slots of pinned memory, each free again when its copies are done.
 struct Ring {
     slots: [(PinnedBuffer, OwnedEvent); 2],
     turn: usize,
-    /// For what has to be repacked.
-    scratch: Vec<u8>,
-    stream: Stream,
 }
 
 impl Ring {
-    fn new(driver: &Arc<dyn Driver>, pieces: &[Piece], stream: Stream) -> Result<Ring> {
-        let all: usize = pieces.iter().map(Piece::staged).sum();
-        let largest = pieces.iter().map(Piece::staged).max().unwrap_or(0);
-        let bytes = all.min(SLOT).max(largest);
+    fn new(driver: &Arc<dyn Driver>, batches: &[Batch]) -> Result<Ring> {
+        let sizes = || batches.iter().map(|b| staged(b.piece.bytes()));
+        let bytes = sizes()
+            .sum::<usize>()
+            .min(SLOT)
+            .max(sizes().max().unwrap_or(0));
         let slot = || -> Result<_> {
             let memory =
                 PinnedBuffer::new(driver, bytes, Pinned::Cached, "staging for the weights")?;
@@ -236,54 +279,15 @@ impl Ring {
         Ok(Ring {
             slots: [slot()?, slot()?],
             turn: 0,
-            scratch: Vec::new(),
-            stream,
         })
     }
 
-    /// Reads pieces into the next slot and enqueues their copies.
-    fn fill(
-        &mut self,
-        source: Source<'_>,
-        pieces: &[Piece],
-        threads: usize,
-        progress: &(dyn Fn(u64) + Sync),
-        memory: &DeviceBuffer,
-    ) -> Result<LoadStats> {
-        let (slot, copied) = &mut self.slots[self.turn];
+    /// The slot whose turn it is, once it is free.
+    fn next(&mut self) -> Result<&mut (PinnedBuffer, OwnedEvent)> {
         self.turn = 1 - self.turn;
-        copied.synchronize()?;
-        let indirect = pieces.iter().filter(|p| !p.is_direct());
-        self.scratch
-            .resize(indirect.map(|p| p.matrix.bytes()).sum(), 0);
-        let (mut staged, mut scratch) = (slot.as_mut_slice(), &mut self.scratch[..]);
-        let mut to_read: Vec<&mut [u8]> = Vec::new();
-        let mut to_repack = Vec::new();
-        for piece in pieces {
-            let (mine, rest) = std::mem::take(&mut staged).split_at_mut(piece.staged());
-            staged = rest;
-            let (mine, _) = mine.split_at_mut(piece.bytes());
-            if piece.is_direct() {
-                to_read.push(mine);
-            } else {
-                let (read, rest) = std::mem::take(&mut scratch).split_at_mut(piece.matrix.bytes());
-                scratch = rest;
-                to_read.push(read);
-                to_repack.push((piece, to_read.len() - 1, mine));
-            }
-        }
-        let matrices: Vec<LocalMatrix> = pieces.iter().map(|p| p.matrix.clone()).collect();
-        let stats = weights::load(source, &matrices, &mut to_read, threads, progress)?;
-        for (piece, index, mine) in to_repack {
-            piece.repack(to_read[index], mine);
-        }
-        let mut from = 0;
-        for piece in pieces {
-            slot.upload(from..from + piece.bytes(), memory, piece.at, self.stream)?;
-            from += piece.staged();
-        }
-        copied.record(self.stream)?;
-        Ok(stats)
+        let slot = &mut self.slots[self.turn];
+        slot.1.synchronize()?;
+        Ok(slot)
     }
 }
 

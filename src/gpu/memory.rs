@@ -1,6 +1,7 @@
 //! Owned device and pinned memory: returned when dropped, every range checked.
 
 use super::driver::{DevicePtr, Driver, Event, Pinned, Stream};
+use crate::weights::{Arena, Slab};
 use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -94,6 +95,11 @@ impl PinnedBuffer {
         self.bytes
     }
 
+    /// Where it begins, for whoever shares it with running work.
+    pub fn ptr(&self) -> *mut u8 {
+        self.ptr
+    }
+
     /// The contents; pending copies into it have been waited for.
     pub fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated with this length, zeroed, and owned.
@@ -117,13 +123,20 @@ impl PinnedBuffer {
         at: usize,
         stream: Stream,
     ) -> Result<()> {
+        let to = dst.range(at..at.saturating_add(range.len()))?;
+        self.upload_to(range, to, stream)
+    }
+
+    /// Enqueues a copy of `range` to device memory at `to`, where that much was checked to be.
+    ///
+    /// # Errors
+    /// A range that is not inside, or a failed copy.
+    pub fn upload_to(&self, range: Range<usize>, to: DevicePtr, stream: Stream) -> Result<()> {
         check(&range, self.bytes, "pinned memory")?;
-        let bytes = range.len();
-        let to = dst.range(at..at.saturating_add(bytes))?;
         // SAFETY: both ranges were checked; both buffers outlive the work on them (see the types).
         unsafe {
             self.driver
-                .upload(to, self.ptr.add(range.start), bytes, stream)
+                .upload(to, self.ptr.add(range.start), range.len(), stream)
         }
     }
 
@@ -159,6 +172,84 @@ impl Drop for PinnedBuffer {
     }
 }
 
+/// Host memory of exactly the size that was asked for, locked once it has been filled, so that the device can read it too.
+pub struct LockedMemory {
+    slab: Slab,
+    driver: Option<Arc<dyn Driver>>,
+}
+
+impl LockedMemory {
+    /// Maps `bytes`, which become resident as they are written.
+    ///
+    /// # Errors
+    /// The host has not that much.
+    pub fn map(bytes: usize) -> Result<LockedMemory> {
+        let slab = Arena::new(bytes)?.take(bytes)?;
+        Ok(LockedMemory { slab, driver: None })
+    }
+
+    /// Locks it for a device.
+    ///
+    /// # Errors
+    /// The system refuses to lock that much.
+    pub fn lock(&mut self, driver: &Arc<dyn Driver>) -> Result<()> {
+        let bytes = self.slab.len();
+        if bytes > 0 && self.driver.is_none() {
+            // SAFETY: the slab stays mapped until `drop` has ended the lock.
+            let locked = unsafe { driver.pin(self.slab.as_mut_ptr(), bytes) };
+            locked.map_err(|e| {
+                Error::failed(format_args!(
+                    "host memory for offloaded weights: {e}: check ulimit -l and the job's memory limit"
+                ))
+            })?;
+            self.driver = Some(driver.clone());
+        }
+        Ok(())
+    }
+
+    /// The contents.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.slab
+    }
+
+    /// The contents; nothing on the device uses them yet.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut self.slab
+    }
+
+    /// Where the byte at `offset` is for the device.
+    pub fn device(&self, offset: usize) -> DevicePtr {
+        DevicePtr(self.slab.as_ptr() as u64 + offset as u64)
+    }
+
+    /// Enqueues a copy of `range` to device memory at `to`, where that much was checked to be.
+    ///
+    /// # Errors
+    /// A range that is not inside, or a failed copy.
+    pub fn upload(
+        &self,
+        driver: &Arc<dyn Driver>,
+        range: Range<usize>,
+        to: DevicePtr,
+        stream: Stream,
+    ) -> Result<()> {
+        check(&range, self.slab.len(), "locked memory")?;
+        // SAFETY: both ranges were checked; nobody writes the locked memory any more.
+        unsafe { driver.upload(to, self.slab[range.start..].as_ptr(), range.len(), stream) }
+    }
+}
+
+impl Drop for LockedMemory {
+    fn drop(&mut self) {
+        if let Some(driver) = &self.driver {
+            // SAFETY: locked once; whoever drops it has synchronized its users, as for `DeviceBuffer`.
+            if let Err(e) = unsafe { driver.unpin(self.slab.as_mut_ptr()) } {
+                tracing::debug!("{e}");
+            }
+        }
+    }
+}
+
 /// An event that is destroyed when dropped.
 pub struct OwnedEvent {
     driver: Arc<dyn Driver>,
@@ -183,6 +274,14 @@ impl OwnedEvent {
     /// Those of the driver.
     pub fn record(&self, stream: Stream) -> Result<()> {
         self.driver.record(self.event, stream)
+    }
+
+    /// Later work on `stream` waits for it.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn wait(&self, stream: Stream) -> Result<()> {
+        self.driver.wait(stream, self.event)
     }
 
     /// The calling thread waits for it.

@@ -20,9 +20,11 @@ pub mod load;
 pub mod memory;
 pub mod nccl;
 pub mod nvrtc;
+pub mod offload;
 mod one_shot;
 mod products;
 mod rank;
+pub mod regions;
 mod sampling;
 #[cfg(test)]
 pub mod standin;
@@ -35,4 +37,4 @@ pub use crate::model::Limits;
 pub use backend::{GpuBackend, GpuBuf, kv_bytes};
 pub use driver::Driver;
 pub use geometry::Geometry;
-pub use rank::{LoadedRank, Parts, build_kernels, load_rank};
+pub use rank::{Host, LoadedRank, Parts, build_kernels, load_rank};

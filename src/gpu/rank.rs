@@ -10,12 +10,13 @@ use super::gemm::Gemm;
 use super::geometry::Geometry;
 use super::load::{self, GpuWeight};
 use super::nccl::{Library, Nccl, UniqueId};
+use super::offload::{Cores, FileSource, Offload};
 use super::one_shot::{OneShot, exchange_bytes, ranks_agree};
 use super::{Limits, kernels};
 use crate::comm::HostCollective;
 use crate::config::ModelConfig;
 use crate::model::{Activations, Qwen};
-use crate::plan::Shard;
+use crate::plan::{Placement, Shard};
 use crate::weights::{Dtype, LoadStats, Source};
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -130,6 +131,19 @@ impl Parts {
     }
 }
 
+/// What the host holds and does for a rank; by default nothing.
+#[derive(Default)]
+pub struct Host {
+    /// Which rows of every matrix lie where.
+    pub placement: Placement,
+    /// What multiplies rows in host memory; `None` streams all of them.
+    pub cores: Option<Cores>,
+    /// The cores' part of what is in host memory; `None` measures it.
+    pub share: Option<f64>,
+    /// Where rows that are in no memory are read from.
+    pub files: Option<FileSource>,
+}
+
 /// A loaded rank.
 pub struct LoadedRank {
     /// Runs the forward pass.
@@ -157,6 +171,7 @@ pub fn load_rank(
     shard: &Shard,
     limits: Limits,
     parts: Parts,
+    host: Host,
     threads: usize,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<LoadedRank> {
@@ -165,17 +180,29 @@ pub fn load_rank(
     if dtype != Dtype::Bf16 && shard.tp_rank == 0 {
         tracing::warn!("the checkpoint is {dtype}; on the GPU its weights are rounded to bf16");
     }
-    let (memory, weights, stats) = load::load(
+    let loaded = load::load(
         &parts.driver,
         source,
         &matrices,
         &geometry,
+        &host.placement,
         threads,
         parts.stream,
         progress,
     )?;
+    let (memory, weights, stats) = (loaded.memory, loaded.weights, loaded.stats);
     let model = Qwen::assemble(config, |name| load::take(&weights, name))?;
-    let (backend, activations) = GpuBackend::new(config, geometry, limits, parts, memory)?;
+    let offload = loaded.host.map(|(locked, elsewhere)| {
+        let (driver, stream) = (&parts.driver, parts.stream);
+        let mut offload = Offload::new(driver, stream, locked, elsewhere, host.cores, host.files)?;
+        match host.share {
+            Some(share) => offload.set_share(share)?,
+            None => offload.balance()?,
+        }
+        Ok(offload)
+    });
+    let offload = offload.transpose()?;
+    let (backend, activations) = GpuBackend::new(config, geometry, limits, parts, memory, offload)?;
     Ok(LoadedRank {
         backend,
         model,

@@ -3,6 +3,7 @@
 use super::arena;
 use super::backend::{GpuBackend, GpuBuf};
 use super::driver::{Launch, args};
+use super::offload::Offload;
 use crate::Result;
 use crate::model::Choice;
 
@@ -44,7 +45,7 @@ impl GpuBackend {
         let memory = self.arena.memory();
         self.logits_host
             .download(0..4 * all, memory, offset, self.stream)?;
-        self.comm.synchronize(self.stream)?;
+        self.wait()?;
         let words = bytemuck::cast_slice(&self.logits_host.as_slice()[..4 * all]);
         Ok(choose(words, &parts, &self.g.vocab, s))
     }
@@ -68,7 +69,7 @@ impl GpuBackend {
             self.arena.offset(logits.ptr),
             self.stream,
         )?;
-        self.comm.synchronize(self.stream)?;
+        self.wait()?;
         let gathered: &[f32] = bytemuck::cast_slice(&self.logits_host.as_slice()[..bytes]);
         if self.g.vocab.len() == 1 {
             return Ok(gathered);
@@ -84,6 +85,13 @@ impl GpuBackend {
             column += rows;
         }
         Ok(&self.logits[..s * vocab])
+    }
+
+    /// Waits until the step is done, also the part of it that the host has.
+    fn wait(&mut self) -> Result<()> {
+        let done = self.comm.synchronize(self.stream);
+        self.offload.as_ref().map_or(Ok(()), Offload::check)?;
+        done
     }
 
     /// Into how many parts each rank's share of the first `n_known` tokens is cut, and how many of them this rank has.

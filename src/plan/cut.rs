@@ -6,6 +6,11 @@
 
 use serde::Serialize;
 
+/// Slots of device memory through which weights that are not on the GPU pass, and bytes of each.
+pub const RING_SLOTS: usize = 8;
+/// Bytes of a slot.
+pub const RING_SLOT_BYTES: usize = 16 << 20;
+
 /// Rows of one matrix by the memory that holds them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Cut {
@@ -40,8 +45,8 @@ impl Cut {
 /// The cut of every kind of matrix of one rank.
 ///
 /// The embedding is only looked up, row by row, by the GPU itself wherever the rows lie; where the head is tied to it, this
-/// is the head's cut as well. It never lies in the files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// is the head's cut as well. It never lies in the files. An empty cut says that the matrix is whole on the GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Placement {
     /// `embed`
     pub embed: Cut,

@@ -11,7 +11,7 @@ mod rates;
 pub mod shards;
 mod table;
 
-pub use cut::{Cut, Placement};
+pub use cut::{Cut, Placement, RING_SLOT_BYTES, RING_SLOTS};
 pub use latency::{Bound, PROMPT_TOKENS, Prediction};
 pub use memory::{Buffer, KV_BLOCK, RankBytes, kv_bytes_per_block, step_buffers};
 pub use placement::{Budget, Tiers};

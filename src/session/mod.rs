@@ -210,6 +210,7 @@ fn prepare<W>(
                 shard,
                 limits,
                 parts,
+                gpu::Host::default(),
                 threads,
                 &progress,
             )?;

@@ -224,7 +224,7 @@ def small(d):
                                for _ in range(20)], 20)
         print(f"  qkv_rope {tokens}: {us:.2f} µs")
     gate_up, mlp = normal(4096, 37888), normal(4096, 18944)
-    us = graph_us(lambda: d.launch("activation", "silu_mul", (-(-18944 // 2048), 4096), 256, gate_up, mlp, 18944), 1)
+    us = graph_us(lambda: d.launch("activation", "silu_mul", (-(-18944 // 2048), 4096), 256, gate_up, mlp, 18944, 18944, 18944), 1)
     print(f"  silu_mul 4096 × 18944: {us:.1f} µs, {(gate_up.nbytes + mlp.nbytes) / us * 1e-6:.2f} TB/s")
     for rows in (1, 8):
         vocab = 152064
@@ -297,7 +297,7 @@ class Model:
 
         def run():
             overlap, d.overlap = d.overlap, False
-            d.launch("embed", "embed", 1, 128, self.head, token, x, hidden, 0, vocab)
+            d.launch("embed", "embed", 1, 128, self.head, None, token, x, hidden, 0, vocab, vocab)
             d.overlap = overlap
             d.launch("norm", "rms_norm", 1, block, x, ws[0]["norm"], h, hidden, 1e-6)
             for i, w in enumerate(ws):

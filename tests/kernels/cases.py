@@ -94,8 +94,9 @@ def embed(d, i, hidden=None, tokens=None):
     hidden, tokens = hidden or i.random.choice([64, 200, 576]), tokens or i.random.randint(1, 9)
     first, rows = i.random.randint(0, 30), i.random.randint(1, 40)
     table, ids = i.normal(rows, hidden), i.integers([i.random.randint(0, 80) for _ in range(tokens)])
+    near = i.random.randint(0, rows)
     x = i.poison(tokens, hidden, dtype=F32)
-    d.launch("embed", "embed", tokens, 128, table, ids, x, hidden, first, rows)
+    d.launch("embed", "embed", tokens, 128, table[:near].clone(), table[near:].clone(), ids, x, hidden, first, near, rows)
     d.synchronize()
     want = torch.stack([table[t - first].double() if first <= t < first + rows else torch.zeros(hidden, dtype=F64, device=i.device) for t in ids.tolist()])
     return compare("embed", x.double() + 1, want + 1, 0.0)
@@ -116,14 +117,23 @@ def norm(d, i, hidden=None, tokens=None):
     return max(worst, compare("add_rms_norm h", h, rms(want, weight, 1e-6), ROUNDED))
 
 
+def tiled(rows):
+    """Gate rows over up rows, in the order of host memory: 8 gate rows, their 8 up rows, and so on."""
+    return rows.view(2, -1, 8, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
+
+
 def activation(d, i, width=None, rows=None):
     width, rows = width or i.random.choice([8, 1536, 3000]), rows or i.random.randint(1, 6)
     grid = (-(-width // 2048), rows)
     gate_up, mlp = i.normal(rows, 2 * width), i.poison(rows, width)
-    d.launch("activation", "silu_mul", grid, 256, gate_up, mlp, width)
+    d.launch("activation", "silu_mul", grid, 256, gate_up, mlp, width, width, width)
     d.synchronize()
     gate, up = gate_up.double().chunk(2, -1)
     worst = compare("silu_mul", mlp, torch.nn.functional.silu(gate) * up, ROUNDED)
+    wide = i.poison(rows, width + 8)
+    d.launch("activation", "silu_mul", grid, 256, tiled(gate_up.T).T.contiguous(), wide, width, width + 8, 8)
+    d.synchronize()
+    worst = max(worst, compare("silu_mul tiled", wide[:, :width], torch.nn.functional.silu(gate) * up, ROUNDED))
     y, bias = i.normal(rows, width), i.normal(width)
     want = y.double() + bias.double()
     d.launch("activation", "add_bias", grid, 256, y, bias, width)
@@ -240,7 +250,42 @@ def gemv_gate_up(d, i, shape=None, m=None):
     d.launch("gemv", "gemv_gate_up_silu", grid, block, w, x, y, m, inter, k, k, inter)
     d.synchronize()
     gate, up = (x.double() @ w.double().T).chunk(2, -1)
-    return compare("gemv_gate_up_silu", y, torch.nn.functional.silu(gate) * up, ROUNDED)
+    worst = compare("gemv_gate_up_silu", y, torch.nn.functional.silu(gate) * up, ROUNDED)
+    if inter % 8 == 0:
+        wide = i.poison(m, inter + 8)
+        d.launch("gemv", "gemv_gate_up_silu_tiled", grid, block, tiled(w).contiguous(), x, wide, m, inter, k, k, inter + 8)
+        d.synchronize()
+        worst = max(worst, compare("gemv_gate_up_silu_tiled", wide[:, :inter], torch.nn.functional.silu(gate) * up, ROUNDED))
+    return worst
+
+
+def handover(d, i, m=None, k=None, n=None):
+    """The host's half is played here: what arrives is read, an answer is left before the GPU asks for it."""
+    m, k, n = m or i.random.randint(1, 9), k or i.random.choice([64, 3584]), n or i.random.choice([8, 24, 1000])
+    x, state = i.normal(m, k), i.integers([5, 0])
+    host_x, request = i.poison(m, k, dtype=F32), i.integers([0, 0, 0])
+    d.launch("handover", "hand_over", i.random.randint(1, 5), 256, x, host_x, request, state, 7, m, k)
+    d.synchronize()
+    compare("hand_over", host_x, x, 0.0)
+    if request.tolist() != [6, 7, m] or state.tolist() != [6, 0]:
+        raise Mismatch(f"hand_over: request {request.tolist()}, state {state.tolist()}")
+    host_y, answer, lost = i.normal(m, 2 * n, dtype=F32), i.integers([6]), i.integers([0])
+    worst = 0.0
+    for name, columns, dtype in (("bf16", 2 * n, BF16), ("f32", 2 * n, F32), ("gated", n, BF16)):
+        y = i.poison(m, columns + 8, dtype=dtype)
+        d.launch("handover", f"take_back_{name}", i.random.randint(1, 5), 256, host_y, answer, lost, state, y, m, columns, columns + 8, 1000)
+        d.synchronize()
+        pairs = host_y.double().view(m, -1, 2, 8)
+        want = (torch.nn.functional.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(m, n) if name == "gated" else host_y
+        worst = max(worst, compare(f"take_back_{name}", y[:, :columns], want, ROUNDED))
+    if lost.item() != 0:
+        raise Mismatch("take_back: lost")
+    answer.fill_(5)
+    d.launch("handover", "take_back_f32", 2, 256, host_y, answer, lost, state, y, m, 4, 4, 5)
+    d.synchronize()
+    if lost.item() != 1:
+        raise Mismatch("take_back: a host that does not answer is not lost")
+    return worst
 
 
 def gemv_qkv(d, i, heads=None, k=None, m=None):
@@ -371,7 +416,7 @@ def all_reduce(d, i, ranks=None, rows=None, hidden=None, rounds=5):
     return worst
 
 
-CASES = [embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, attention_decode, attention_prefill, all_reduce]
+CASES = [embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, handover, attention_decode, attention_prefill, all_reduce]
 
 QWEN_HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128), "72B/2": (32, 4, 128), "14B": (40, 8, 128)}
 # The same cases at the sizes of real models, for a GPU.

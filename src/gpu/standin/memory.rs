@@ -24,11 +24,13 @@ pub enum Kind {
     Pinned,
     /// Another device's memory.
     Imported,
+    /// Host memory that its owner has locked.
+    Locked,
 }
 
 struct Block {
-    /// Keeps the memory; `None` only for a moment.
-    file: File,
+    /// Keeps the memory; `None` for what somebody else owns.
+    file: Option<File>,
     map: *mut u8,
     map_bytes: usize,
     bytes: usize,
@@ -60,7 +62,7 @@ impl Block {
             )));
         }
         Ok(Block {
-            file,
+            file: Some(file),
             map: map.cast(),
             map_bytes,
             bytes,
@@ -71,6 +73,17 @@ impl Block {
     /// Where the usable bytes begin.
     fn start(&self) -> u64 {
         self.map as u64 + GUARD as u64
+    }
+
+    /// Memory of somebody else's, without guards.
+    fn locked(ptr: u64, bytes: usize) -> Block {
+        Block {
+            file: None,
+            map: ptr as *mut u8,
+            map_bytes: bytes,
+            bytes,
+            kind: Kind::Locked,
+        }
     }
 
     fn all(&self) -> &[u8] {
@@ -100,6 +113,9 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
+        if self.file.is_none() {
+            return;
+        }
         // SAFETY: the mapping is this block's own.
         unsafe { libc::munmap(self.map.cast(), self.map_bytes) };
     }
@@ -158,6 +174,15 @@ impl Memory {
         Ok(start)
     }
 
+    /// Adds host memory that its owner has locked.
+    pub fn lock(&mut self, ptr: u64, bytes: usize) -> Result<()> {
+        if self.check(ptr, 1).is_ok() || self.check(ptr + bytes as u64 - 1, 1).is_ok() {
+            return Err(Error::failed(format_args!("{ptr:#x} is locked already")));
+        }
+        self.blocks.insert(ptr, Block::locked(ptr, bytes));
+        Ok(())
+    }
+
     /// Ends a range; an error when it never was one, or when its guards were written to.
     pub fn free(&mut self, ptr: u64, kind: Kind) -> Result<()> {
         match self.blocks.get(&ptr) {
@@ -174,9 +199,6 @@ impl Memory {
         if kind == Kind::Device {
             self.used -= block.bytes as u64;
         }
-        if kind == Kind::Imported {
-            return Ok(());
-        }
         check_guards(ptr, &block)
     }
 
@@ -184,7 +206,6 @@ impl Memory {
     pub fn check_all_guards(&self) -> Result<()> {
         self.blocks
             .iter()
-            .filter(|(_, b)| b.kind != Kind::Imported)
             .try_for_each(|(&p, b)| check_guards(p, b))
     }
 
@@ -282,7 +303,8 @@ impl Memory {
         })?;
         let mut handle = [0; 64];
         handle[..8].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
-        handle[8..16].copy_from_slice(&(block.file.as_raw_fd() as u64).to_le_bytes());
+        let fd = block.file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        handle[8..16].copy_from_slice(&(fd as u64).to_le_bytes());
         handle[16..24].copy_from_slice(&(block.bytes as u64).to_le_bytes());
         Ok(IpcHandle(handle))
     }
@@ -319,6 +341,10 @@ impl Memory {
 }
 
 fn check_guards(ptr: u64, block: &Block) -> Result<()> {
+    // The guards of another device's memory are its own affair; locked memory has none.
+    if matches!(block.kind, Kind::Imported | Kind::Locked) {
+        return Ok(());
+    }
     match block.damage() {
         None => Ok(()),
         Some(at) => Err(Error::failed(format_args!(

@@ -232,6 +232,18 @@ impl Device {
         Ok(ptr)
     }
 
+    fn pin(&mut self, ptr: u64, bytes: usize) -> Result<()> {
+        self.counts.allocs += 1;
+        if self.options.refuse_alloc == Some(self.counts.allocs) {
+            return Err(Error::failed(format_args!("{bytes} bytes: not permitted")));
+        }
+        self.memory.lock(ptr, bytes)?;
+        self.modules
+            .values()
+            .for_each(|m| m.register((ptr, ptr + bytes as u64)));
+        Ok(())
+    }
+
     fn free(&mut self, ptr: u64, kind: Kind) -> Result<()> {
         self.modules.values().for_each(|m| m.unregister(ptr));
         self.memory.free(ptr, kind)
@@ -338,6 +350,14 @@ impl Driver for Standin {
 
     unsafe fn free_pinned(&self, ptr: *mut u8) -> Result<()> {
         self.call("free_pinned", |s| s.device.free(ptr as u64, Kind::Pinned))
+    }
+
+    unsafe fn pin(&self, ptr: *mut u8, bytes: usize) -> Result<()> {
+        self.call("pin", |s| s.device.pin(ptr as u64, bytes))
+    }
+
+    unsafe fn unpin(&self, ptr: *mut u8) -> Result<()> {
+        self.call("unpin", |s| s.device.free(ptr as u64, Kind::Locked))
     }
 
     fn create_stream(&self) -> Result<Stream> {

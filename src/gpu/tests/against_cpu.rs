@@ -60,6 +60,7 @@ fn against_cpu(config: &ModelConfig, parts: Parts, prompt: usize, decoded: usize
         &shard,
         limits,
         parts,
+        Host::default(),
         4,
         &|_| {},
     );
@@ -138,6 +139,7 @@ fn gpu_speed_of_the_7b_shape() {
         &shard,
         limits,
         parts,
+        Host::default(),
         16,
         &|_| {},
     )

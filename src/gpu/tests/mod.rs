@@ -1,6 +1,7 @@
 //! The whole GPU path against golden files: what transformers computes in float32 for tiny models.
 
 mod against_cpu;
+mod offloaded;
 mod on_gpu;
 
 use super::standin::{Edit, Options, Standin};
@@ -129,6 +130,17 @@ impl Rank {
         parts: Parts,
         limits: Limits,
     ) -> Result<Rank> {
+        Rank::load_with(dir, tp_size, tp_rank, parts, limits, Host::default())
+    }
+
+    fn load_with(
+        dir: &Path,
+        tp_size: usize,
+        tp_rank: usize,
+        parts: Parts,
+        limits: Limits,
+        host: Host,
+    ) -> Result<Rank> {
         let config = ModelConfig::from_dir(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
         let dtype = check_tensors(&config, &checkpoint)?;
@@ -140,6 +152,7 @@ impl Rank {
             &shard,
             limits,
             parts,
+            host,
             1,
             &|_| {},
         )

@@ -1,0 +1,174 @@
+//! Models whose weights lie partly in host memory and in files: the same golden logits, whatever the placement.
+
+use super::*;
+use crate::gpu::offload::Cores;
+use crate::plan::{Cut, Placement};
+
+/// Where `resident` and `pinned` of 16 parts of every matrix go; the rest stays in the files.
+fn placement(config: &ModelConfig, shard: &Shard, resident: usize, pinned: usize) -> Placement {
+    let g = Geometry::new(config, shard).unwrap();
+    let matrices = shard.matrices(config, config.dtype);
+    let cut = |name: &str| {
+        let Some(m) = matrices.iter().find(|m| m.name.ends_with(name)) else {
+            return Cut::default();
+        };
+        let layout = g.layout(&m.name, m.rows, m.cols);
+        let rows = layout.device_rows() / if name == "gate_up" { 2 } else { 1 };
+        let upto = |sixteenths: usize| match sixteenths {
+            16 => rows,
+            n => (rows * n / 16 / 16 * 16).min(rows),
+        };
+        let (a, b) = (upto(resident), upto(resident + pinned));
+        Cut {
+            resident: a,
+            pinned: b - a,
+            file: rows - b,
+        }
+    };
+    let embed = match config.tie_word_embeddings {
+        // The head's own cut, but a table to look up in never lies in the files.
+        true => {
+            let c = cut("embed");
+            Cut {
+                pinned: c.pinned + c.file,
+                file: 0,
+                ..c
+            }
+        }
+        false => Cut {
+            pinned: shard.vocab.len(),
+            ..Cut::default()
+        },
+    };
+    Placement {
+        embed,
+        qkv: cut("qkv"),
+        o: cut(".o"),
+        gate_up: cut("gate_up"),
+        down: cut("down"),
+        head: cut("head"),
+    }
+}
+
+/// How the weights of a test lie, and who multiplies.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    resident: usize,
+    pinned: usize,
+    share: Option<f64>,
+}
+
+/// The logits of both golden prompts on every rank, offloaded.
+fn run(name: &str, tp_size: usize, case: Case, options: &Options) -> Vec<Result<Vec<Vec<f32>>>> {
+    let dir = &models().join(name);
+    let golden = &Golden::open(dir);
+    std::thread::scope(|scope| {
+        let run = |comm: ThreadRanks| {
+            scope.spawn(move || {
+                let rank = comm.rank;
+                let config = ModelConfig::from_dir(dir)?;
+                let shard = Shard::new(&config, tp_size, rank);
+                let options = Options {
+                    seed: options.seed + 7 * rank as u64,
+                    ordinal: rank as u32,
+                    ..options.clone()
+                };
+                let peers: Option<Box<dyn HostCollective>> = match tp_size {
+                    1 => None,
+                    _ => Some(Box::new(comm)),
+                };
+                let standin = Arc::new(Standin::new(options));
+                let parts = Parts::standin(&standin, peers, config.hidden_size)?;
+                let host = Host {
+                    placement: placement(&config, &shard, case.resident, case.pinned),
+                    cores: case.share.map(|_| Cores {
+                        cpus: vec![0, 0],
+                        exclusive: false,
+                    }),
+                    share: Some(case.share.unwrap_or(0.0)),
+                    files: Some(Arc::new(Checkpoint::open(dir)?)),
+                };
+                let mut loaded = Rank::load_with(dir, tp_size, rank, parts, LIMITS, host)?;
+                let outcome = both_prompts(&mut loaded, golden)?;
+                let in_files = case.resident + case.pinned < 16;
+                let recorded = loaded.0.backend.recorded_graphs();
+                assert_eq!(recorded > 0, !in_files, "{case:?}: {recorded} graphs");
+                Ok(outcome)
+            })
+        };
+        let threads: Vec<_> = ThreadRanks::all(tp_size).into_iter().map(run).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+fn check(name: &str, tp_size: usize, case: Case) {
+    let golden = Golden::open(&models().join(name));
+    let outcomes: Vec<_> = run(name, tp_size, case, &Options::default())
+        .into_iter()
+        .map(|o| o.unwrap_or_else(|e| panic!("{name} on {tp_size}, {case:?}: {e}")))
+        .collect();
+    check_prompts(
+        &format!("{name} on {tp_size}, {case:?}"),
+        &outcomes[0],
+        &golden,
+    );
+    assert!(outcomes.iter().all(|o| *o == outcomes[0]));
+}
+
+const CASES: [Case; 6] = [
+    // Half on the GPU, the rest streamed; the rest shared; nothing on the GPU but the norms.
+    Case {
+        resident: 8,
+        pinned: 8,
+        share: None,
+    },
+    Case {
+        resident: 8,
+        pinned: 8,
+        share: Some(0.5),
+    },
+    Case {
+        resident: 0,
+        pinned: 16,
+        share: Some(0.7),
+    },
+    Case {
+        resident: 0,
+        pinned: 16,
+        share: Some(1.0),
+    },
+    // Files too, alone and with everything else.
+    Case {
+        resident: 4,
+        pinned: 4,
+        share: Some(0.5),
+    },
+    Case {
+        resident: 0,
+        pinned: 0,
+        share: None,
+    },
+];
+
+#[test]
+fn offloaded_golden_models_on_1_rank() {
+    for name in golden_names() {
+        CASES.iter().for_each(|&case| check(&name, 1, case));
+    }
+}
+
+#[test]
+fn offloaded_golden_models_on_2_and_3_ranks() {
+    for name in [
+        "qwen2-14heads-padded",
+        "qwen2-9heads",
+        "qwen2-tied",
+        "qwen3-sharded",
+    ] {
+        for tp_size in [2, 3] {
+            CASES[1..5]
+                .iter()
+                .for_each(|&case| check(name, tp_size, case));
+        }
+    }
+}
