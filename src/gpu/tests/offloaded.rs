@@ -153,22 +153,139 @@ const CASES: [Case; 6] = [
 #[test]
 fn offloaded_golden_models_on_1_rank() {
     for name in golden_names() {
-        CASES.iter().for_each(|&case| check(&name, 1, case));
+        [CASES[1], CASES[4]]
+            .iter()
+            .for_each(|&case| check(&name, 1, case));
+    }
+    for name in ["qwen2-untied", "qwen3-tied"] {
+        CASES.iter().for_each(|&case| check(name, 1, case));
     }
 }
 
 #[test]
 fn offloaded_golden_models_on_2_and_3_ranks() {
-    for name in [
-        "qwen2-14heads-padded",
-        "qwen2-9heads",
-        "qwen2-tied",
-        "qwen3-sharded",
+    for (name, tp_size) in [
+        ("qwen2-14heads-padded", 2),
+        ("qwen2-9heads", 3),
+        ("qwen3-sharded", 2),
     ] {
-        for tp_size in [2, 3] {
-            CASES[1..5]
-                .iter()
-                .for_each(|&case| check(name, tp_size, case));
+        CASES[1..5]
+            .iter()
+            .for_each(|&case| check(name, tp_size, case));
+    }
+}
+
+const SHARED: Case = CASES[1];
+const WITH_FILES: Case = CASES[4];
+
+/// One rank's outcome with a stand-in as `options` say.
+fn one(case: Case, options: Options) -> Result<Vec<Vec<f32>>> {
+    run("qwen2-tied", 1, case, &options).remove(0)
+}
+
+#[test]
+fn a_refused_allocation_of_the_offload_is_an_error_that_says_what_for() {
+    let mut refused = Vec::new();
+    for n in 1.. {
+        let options = Options {
+            refuse_alloc: Some(n),
+            ..Options::default()
+        };
+        match one(WITH_FILES, options) {
+            Ok(_) => break,
+            Err(e) => refused.push(e.to_string()),
         }
     }
+    for what in [
+        "host memory for offloaded weights",
+        "streaming ring",
+        "hand-over input",
+        "file staging",
+    ] {
+        let said = |e: &String| e.starts_with(&format!("{what}: "));
+        assert!(refused.iter().any(said), "{what}: {refused:#?}");
+    }
+}
+
+#[test]
+fn a_copy_that_fails_ends_the_offloaded_run() {
+    // The first copies load the weights; later ones are the ring's.
+    for n in [1, 20, 60] {
+        let options = Options {
+            fail_copy: Some(n),
+            ..Options::default()
+        };
+        let e = one(SHARED, options).unwrap_err().to_string();
+        assert!(e.contains("a copy failed (injected)"), "{n}: {e}");
+    }
+}
+
+/// A copy of a golden model whose file can be damaged, loaded with half of it left in the files.
+fn with_files_in(dir: &Path) -> Result<Rank> {
+    let from = models().join("qwen2-untied");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(from.join(file), dir.join(file)).unwrap();
+    }
+    let config = ModelConfig::from_dir(dir)?;
+    let shard = Shard::new(&config, 1, 0);
+    let parts = Parts::standin(&Arc::new(Standin::new(Options::default())), None, 0)?;
+    let host = Host {
+        placement: placement(&config, &shard, 4, 4),
+        files: Some(Arc::new(Checkpoint::open(dir)?)),
+        ..Host::default()
+    };
+    Rank::load_with(dir, 1, 0, parts, LIMITS, host)
+}
+
+#[test]
+fn a_checkpoint_that_changes_under_the_run_is_an_error_that_names_it() {
+    type Damage = fn(&Path);
+    let damages: [(Damage, &str); 2] = [
+        (
+            |file| {
+                std::fs::File::options()
+                    .write(true)
+                    .open(file)
+                    .unwrap()
+                    .set_len(9000)
+                    .unwrap()
+            },
+            "truncated",
+        ),
+        (
+            |file| std::fs::write(file, [0u8; 20_000]).unwrap(),
+            "overwritten",
+        ),
+    ];
+    let golden = Golden::open(&models().join("qwen2-untied"));
+    for (damage, what) in damages {
+        let dir = tempfile::tempdir().unwrap();
+        let mut rank = with_files_in(dir.path()).unwrap();
+        let ids = golden.ids("short.ids");
+        rank.step(&chunk(&ids, 0, 20)).unwrap();
+        damage(&dir.path().join("model.safetensors"));
+        // What was read ahead may still serve a step.
+        let outcome = (20..30).try_for_each(|i| rank.step(&chunk(&ids, i, i + 1)).map(drop));
+        let e = outcome.expect_err(what).to_string();
+        assert!(
+            e.contains("model.safetensors") && !e.contains('\n'),
+            "{what}: {e}"
+        );
+    }
+}
+
+#[test]
+fn weights_without_files_cannot_be_left_in_them() {
+    let dir = models().join("qwen2-untied");
+    let config = ModelConfig::from_dir(&dir).unwrap();
+    let shard = Shard::new(&config, 1, 0);
+    let parts = Parts::standin(&Arc::new(Standin::new(Options::default())), None, 0).unwrap();
+    let host = Host {
+        placement: placement(&config, &shard, 4, 4),
+        ..Host::default()
+    };
+    let e = Rank::load_with(&dir, 1, 0, parts, LIMITS, host)
+        .err()
+        .unwrap();
+    assert!(e.to_string().contains("raise --host-memory"), "{e}");
 }
