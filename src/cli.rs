@@ -214,7 +214,7 @@ pub struct PlanArgs {
     /// Memory of each GPU, e.g. 40GiB (implies --device cuda)
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
-    /// Host memory of each rank, e.g. 256GiB
+    /// Host memory that the ranks of a node may fill together, e.g. 256GiB
     #[arg(long, value_name = "SIZE")]
     pub host_memory: Option<String>,
     /// Tokens of a sequence, prompt and answer together [default: 4096, or the model's limit]

@@ -25,7 +25,7 @@ pub struct GpuWeight {
 /// Every matrix begins at a multiple of this.
 const ALIGN: usize = 256;
 /// Bytes of one of the two slots of pinned memory.
-const SLOT: usize = 64 << 20;
+pub const SLOT: usize = 64 << 20;
 
 /// Bytes that a rank's weights take on the device.
 pub fn device_bytes(matrices: &[LocalMatrix], g: &Geometry) -> usize {

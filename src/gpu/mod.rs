@@ -35,4 +35,5 @@ pub use crate::model::Limits;
 pub use backend::{GpuBackend, GpuBuf, kv_bytes};
 pub use driver::Driver;
 pub use geometry::Geometry;
+pub use one_shot::inbox_bytes;
 pub use rank::{LoadedRank, Parts, build_kernels, load_rank};

@@ -260,6 +260,7 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
         .transpose()?;
     // The scarcest host, or GPU, decides.
     let free = group.hellos().iter().map(|h| h.memory).min();
+    let free_on_host = group.hellos().iter().map(|h| h.host_memory).min();
     let name = args.model.display().to_string();
     let kind = model.site.kind();
     let base = plan::Request::new(&name, &model.config, kind, group.size());
@@ -269,7 +270,9 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
         context: demand.context,
         max_seqs: demand.sequences.clamp(1, MAX_SEQUENCES),
         gpu_memory: free.filter(|_| on_gpu),
-        host_memory: if on_gpu { typed } else { typed.or(free) },
+        host_memory: typed.or(free_on_host),
+        files: model.checkpoint.is_some(),
+        sm_count: model.site.sm_count(),
         max_step_tokens: if on_gpu {
             GPU_STEP_TOKENS
         } else {
@@ -293,7 +296,7 @@ fn all_on_device(plan: Plan) -> Result<Plan> {
         Some(r) => Err(Error::failed(format!(
             "rank {} needs {} of GPU memory and may fill {}: start more ranks, or use --device cpu",
             r.shard.tp_rank,
-            plan::bytes::format(r.bytes.total),
+            plan::bytes::format(r.bytes.total - r.bytes.staging),
             plan::bytes::format(plan.request.gpu_memory.unwrap_or(0))
         ))),
     }
