@@ -75,9 +75,15 @@ pub struct ModelArgs {
     /// Where the weights come from
     #[arg(long, value_enum, default_value_t = Weights::Checkpoint)]
     pub weights: Weights,
-    /// Host memory that a rank may use, e.g. 40GiB [default: what the job's limit leaves]
+    /// GPU memory that a rank may use, e.g. 36GiB [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
+    /// Host memory that the ranks of a node may use together, e.g. 240GiB [default: what the job's limit leaves]
     #[arg(long, value_name = "SIZE")]
     pub host_memory: Option<String>,
+    /// The part of the offloaded weights that the CPU cores multiply; 0 streams all [default: measured]
+    #[arg(long, value_name = "FRACTION", hide = true)]
+    pub host_share: Option<f64>,
     /// Seconds to wait for all ranks to arrive
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub rendezvous_timeout: u64,
@@ -214,7 +220,7 @@ pub struct PlanArgs {
     /// Memory of each GPU, e.g. 40GiB (implies --device cuda)
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
-    /// Host memory of each rank, e.g. 256GiB
+    /// Host memory that the ranks of a node may fill together, e.g. 256GiB
     #[arg(long, value_name = "SIZE")]
     pub host_memory: Option<String>,
     /// Tokens of a sequence, prompt and answer together [default: 4096, or the model's limit]

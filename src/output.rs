@@ -96,16 +96,19 @@ pub fn summary(timings: &Timings, n_tokens: usize, ranks: &[RankReport]) -> Stri
         );
     }
     for r in ranks {
-        let b = &r.bytes;
+        let parts = r.bytes.parts();
+        let parts: Vec<String> = parts
+            .iter()
+            .filter(|(_, n)| *n > 0)
+            .map(|(what, n)| format!("{what} {}", bytes::format(*n)))
+            .collect();
         text += &format!(
-            "\nrank {} on {}, {}: {} (weights {}, KV cache {}, buffers {})",
+            "\nrank {} on {}, {}: {} ({})",
             r.rank,
             r.host,
             r.device,
-            bytes::format(b.total),
-            bytes::format(b.weights),
-            bytes::format(b.kv),
-            bytes::format(b.activations)
+            bytes::format(r.bytes.total),
+            parts.join(", ")
         );
     }
     text

@@ -33,7 +33,7 @@ pub struct GpuWeight {
 /// Every matrix begins at a multiple of this.
 const ALIGN: usize = 256;
 /// Bytes of one of the two slots of pinned memory.
-const SLOT: usize = 64 << 20;
+pub const SLOT: usize = 64 << 20;
 
 /// All weights of a rank.
 pub struct Loaded {

@@ -37,4 +37,6 @@ pub use crate::model::Limits;
 pub use backend::{GpuBackend, GpuBuf, kv_bytes};
 pub use driver::Driver;
 pub use geometry::Geometry;
+pub use offload::Cores;
+pub use one_shot::inbox_bytes;
 pub use rank::{Host, LoadedRank, Parts, build_kernels, load_rank};

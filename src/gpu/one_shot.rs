@@ -17,6 +17,12 @@ pub const MAX_ROWS: usize = 8;
 /// The driver shares memory in whole pages of this.
 const PAGE: usize = 2 << 20;
 
+/// Bytes of a rank's inbox.
+pub fn inbox_bytes(size: usize, hidden: usize) -> usize {
+    // Two halves, and for each rank and row two words with their marks in 16 bytes.
+    (2 * size * MAX_ROWS * (hidden / 4) * 16).next_multiple_of(PAGE)
+}
+
 /// Peer inboxes, mapped by every rank.
 pub struct OneShot {
     beneath: Box<dyn DeviceCollective>,
@@ -56,9 +62,7 @@ impl OneShot {
         stream: Stream,
     ) -> Result<Box<dyn DeviceCollective>> {
         let (rank, size) = (ranks.rank(), ranks.size());
-        // Two halves, and for each rank and row two words with their marks in 16 bytes.
-        let bytes = 2 * size * MAX_ROWS * (hidden / 4) * 16;
-        let inbox = DeviceBuffer::new(driver, bytes.next_multiple_of(PAGE), "all-reduce inbox")?;
+        let inbox = DeviceBuffer::new(driver, inbox_bytes(size, hidden), "all-reduce inbox")?;
         let table = DeviceBuffer::new(driver, size * 8, "all-reduce table")?;
         let epochs = DeviceBuffer::new(driver, MAX_ROWS * 4, "all-reduce epochs")?;
         for buffer in [&inbox, &epochs] {

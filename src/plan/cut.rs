@@ -4,12 +4,19 @@
 //! device's layout, padding included ([`crate::gpu::Geometry`]); a row of `gate_up` is a feature, its gate row and its up
 //! row together. Layers are alike, so a kind of matrix is cut once for all of them; norms and biases never leave the GPU.
 
+use super::Shard;
+use crate::config::ModelConfig;
+use crate::weights::Dtype;
 use serde::Serialize;
 
-/// Slots of device memory through which weights that are not on the GPU pass, and bytes of each.
+/// A matrix is cut at multiples of this many rows, or at its end.
+pub const CUT_ROWS: usize = 16;
+/// Slots of the device ring that rows stream through, where any rows leave the GPU.
 pub const RING_SLOTS: usize = 8;
-/// Bytes of a slot.
+/// Bytes of one of them.
 pub const RING_SLOT_BYTES: usize = 16 << 20;
+/// Kinds of matrices, in the order of [`Placement::cuts`].
+pub const KINDS: [&str; 6] = ["embed", "qkv", "o", "gate_up", "down", "head"];
 
 /// Rows of one matrix by the memory that holds them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -63,21 +70,36 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// The cut of the local matrix `name` (`layers.0.qkv`), `None` for what never leaves the GPU.
-    pub fn of(&self, name: &str) -> Option<Cut> {
-        match name.rsplit('.').next().unwrap_or(name) {
-            "embed" => Some(self.embed),
-            "qkv" => Some(self.qkv),
-            "o" => Some(self.o),
-            "gate_up" => Some(self.gate_up),
-            "down" => Some(self.down),
-            "head" => Some(self.head),
-            _ => None,
+    /// From the cuts in the order of [`KINDS`].
+    pub fn from_cuts([embed, qkv, o, gate_up, down, head]: [Cut; KINDS.len()]) -> Placement {
+        Placement {
+            embed,
+            qkv,
+            o,
+            gate_up,
+            down,
+            head,
         }
     }
 
-    /// Whether any matrix is not wholly on the GPU.
-    pub fn is_offloaded(&self) -> bool {
+    /// Everything resident, in the rows of the model itself.
+    pub fn all_resident(config: &ModelConfig, shard: &Shard) -> Placement {
+        let one_layer = ModelConfig {
+            n_layers: 1,
+            ..config.clone()
+        };
+        let mut cuts = [Cut::default(); KINDS.len()];
+        for m in shard.matrices(&one_layer, Dtype::Bf16) {
+            if let Some(kind) = kind_of(&m.name) {
+                let per_row = if KINDS[kind] == "gate_up" { 2 } else { 1 };
+                cuts[kind] = Cut::resident(m.rows / per_row);
+            }
+        }
+        Placement::from_cuts(cuts)
+    }
+
+    /// All cuts in the order of [`KINDS`].
+    pub fn cuts(&self) -> [Cut; KINDS.len()] {
         [
             self.embed,
             self.qkv,
@@ -86,7 +108,21 @@ impl Placement {
             self.down,
             self.head,
         ]
-        .iter()
-        .any(Cut::is_offloaded)
     }
+
+    /// The cut of the local matrix `name` (`layers.0.qkv`), `None` for what never leaves the GPU.
+    pub fn of(&self, name: &str) -> Option<Cut> {
+        kind_of(name).map(|kind| self.cuts()[kind])
+    }
+
+    /// Whether any matrix is not wholly on the GPU.
+    pub fn is_offloaded(&self) -> bool {
+        self.cuts().iter().any(Cut::is_offloaded)
+    }
+}
+
+/// Index in [`KINDS`] of the local matrix `name` (`layers.0.qkv`); `None` for norms and biases.
+pub(super) fn kind_of(name: &str) -> Option<usize> {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    KINDS.iter().position(|&kind| kind == last)
 }

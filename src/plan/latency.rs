@@ -24,9 +24,13 @@
 //! the gather of the logits are left out, which understates it.
 
 use super::memory::WeightCount;
-use super::{Budget, DeviceKind, RankBytes, Request, Shard, Tiers};
+use super::placement::Placed;
+use super::{DeviceKind, Request, Shard};
 use crate::config::ModelConfig;
 use serde::Serialize;
+
+/// Tokens of the answer in [`Prediction::request_s`].
+pub const ANSWER_TOKENS: usize = 64;
 
 /// Length of the prompt whose time to first token is predicted.
 pub const PROMPT_TOKENS: usize = 1024;
@@ -70,6 +74,9 @@ pub struct Prediction {
     pub tpot_s: f64,
     /// Tokens of all sequences per second at that pace.
     pub tokens_per_s: f64,
+    /// Time of a request whose prompt fills the context but for [`ANSWER_TOKENS`], and of that answer: what the tokens of
+    /// a step are chosen by.
+    pub request_s: f64,
     /// What `ttft_s` mostly is.
     pub ttft_bound: Bound,
     /// What `tpot_s` mostly is.
@@ -80,9 +87,7 @@ pub struct Prediction {
 pub(super) struct RankLoad {
     pub shard: Shard,
     pub weights: WeightCount,
-    pub bytes: RankBytes,
-    pub budget: Budget,
-    pub tiers: Tiers,
+    pub placed: Placed,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -161,27 +166,34 @@ pub(super) fn predict(
         logit_rows: request.max_seqs,
         kv_read: 1.0,
     });
+    let prefill = |prompt_tokens: usize| {
+        let one_sequence = (request.max_seqs * request.context) as f64;
+        let (mut seconds, mut sum) = (0.0, Times::default());
+        for start in (0..prompt_tokens).step_by(max_step_tokens) {
+            let tokens = max_step_tokens.min(prompt_tokens - start);
+            let chunk = slowest(&Step {
+                phase: Phase::Prefill,
+                tokens,
+                context: start as f64 + (tokens as f64 + 1.0) / 2.0,
+                logit_rows: usize::from(start + tokens == prompt_tokens),
+                kv_read: (start + tokens) as f64 / one_sequence,
+            });
+            seconds += chunk.total();
+            sum = sum.plus(chunk);
+        }
+        (seconds, sum)
+    };
     let prompt_tokens = request.context.min(PROMPT_TOKENS);
-    let one_sequence = (request.max_seqs * request.context) as f64;
-    let (mut ttft_s, mut prefill) = (0.0, Times::default());
-    for start in (0..prompt_tokens).step_by(max_step_tokens) {
-        let tokens = max_step_tokens.min(prompt_tokens - start);
-        let chunk = slowest(&Step {
-            phase: Phase::Prefill,
-            tokens,
-            context: start as f64 + (tokens as f64 + 1.0) / 2.0,
-            logit_rows: usize::from(start + tokens == prompt_tokens),
-            kv_read: (start + tokens) as f64 / one_sequence,
-        });
-        ttft_s += chunk.total();
-        prefill = prefill.plus(chunk);
-    }
+    let (ttft_s, first) = prefill(prompt_tokens);
+    let answer = ANSWER_TOKENS.min(request.context - 1);
+    let request_s = prefill(request.context - answer).0 + answer as f64 * decode.total();
     Prediction {
         prompt_tokens,
         ttft_s,
         tpot_s: decode.total(),
         tokens_per_s: request.max_seqs as f64 / decode.total(),
-        ttft_bound: prefill.bound(),
+        request_s,
+        ttft_bound: first.bound(),
         tpot_bound: decode.bound(),
     }
 }
@@ -217,24 +229,23 @@ fn times(config: &ModelConfig, request: &Request, rank: &RankLoad, step: &Step) 
     }
 }
 
-/// Bytes that a step reads from device, host and file. The weights that it does not read are taken to lie in the slowest
-/// memory, the KV cache in the fastest.
+/// Bytes that a step reads from device, host and file.
 fn bytes_read(rank: &RankLoad, step: &Step) -> [f64; 3] {
-    let Tiers { device, host, file } = rank.tiers;
-    let not_read = rank.weights.lookup_bytes;
-    let from_file = file.saturating_sub(not_read);
-    let not_read = not_read.saturating_sub(file);
-    let from_host = host.saturating_sub(not_read);
-    let not_read = not_read.saturating_sub(host);
-    let mut read = [
-        device.saturating_sub(not_read) as f64,
-        from_host as f64,
-        from_file as f64,
-    ];
-    let fastest = if device > 0 { 0 } else { 1 };
-    let idle = rank.bytes.kv as f64 * (1.0 - step.kv_read) + rank.bytes.activations as f64;
-    read[fastest] = (read[fastest] - idle).max(0.0);
-    read
+    let (bytes, tiers) = (&rank.placed.bytes, &rank.placed.tiers);
+    let kv = bytes.kv as f64 * step.kv_read;
+    let lookup = rank.weights.lookup_bytes;
+    if tiers.device == 0 {
+        return [0.0, bytes.weights.saturating_sub(lookup) as f64 + kv, 0.0];
+    }
+    let (on_device, pinned) = match rank.placed.placement.embed.is_offloaded() {
+        true => (0, lookup),
+        false => (lookup, 0),
+    };
+    [
+        tiers.weights_on_device.saturating_sub(on_device) as f64 + kv,
+        tiers.weights_pinned.saturating_sub(pinned) as f64,
+        tiers.file as f64,
+    ]
 }
 
 fn flops(config: &ModelConfig, rank: &RankLoad, step: &Step) -> f64 {

@@ -139,7 +139,7 @@ impl WeightCount {
 }
 
 /// Bytes of one rank by what they are for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct RankBytes {
     /// Weights, the replicated vectors included.
     pub weights: u64,
@@ -147,20 +147,50 @@ pub struct RankBytes {
     pub kv: u64,
     /// Step arena.
     pub activations: u64,
+    /// Device memory that offloaded weights stream through.
+    pub ring: u64,
+    /// Device memory that other ranks write into, and small tables.
+    pub peer: u64,
+    /// Device memory that the driver and the libraries take.
+    pub runtime: u64,
+    /// Pinned host memory on the way to and from the GPU.
+    pub staging: u64,
     /// Their sum.
     pub total: u64,
 }
 
 impl RankBytes {
-    /// Adds up; a sum that 64 bits cannot hold stays at `u64::MAX`.
+    /// A CPU rank's; a sum that 64 bits cannot hold stays at `u64::MAX`.
     pub fn new(weights: u64, kv: u64, activations: u64) -> RankBytes {
-        let total = weights.saturating_add(kv).saturating_add(activations);
-        RankBytes {
+        let bytes = RankBytes {
             weights,
             kv,
             activations,
-            total,
-        }
+            ..RankBytes::default()
+        };
+        bytes.summed()
+    }
+
+    /// The same with its sum.
+    pub(super) fn summed(self) -> RankBytes {
+        let total = self
+            .parts()
+            .iter()
+            .fold(0u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+        RankBytes { total, ..self }
+    }
+
+    /// What the bytes are for, in words.
+    pub fn parts(&self) -> [(&'static str, u64); 7] {
+        [
+            ("weights", self.weights),
+            ("KV cache", self.kv),
+            ("buffers", self.activations),
+            ("ring", self.ring),
+            ("peer memory", self.peer),
+            ("runtime", self.runtime),
+            ("staging", self.staging),
+        ]
     }
 }
 

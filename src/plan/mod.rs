@@ -4,14 +4,20 @@
 
 pub mod bytes;
 mod cut;
+mod gpu;
 mod latency;
 mod memory;
+mod offload;
 mod placement;
 mod rates;
 pub mod shards;
 mod table;
 
-pub use cut::{Cut, Placement, RING_SLOT_BYTES, RING_SLOTS};
+pub use cut::{CUT_ROWS, Cut, KINDS, Placement, RING_SLOT_BYTES, RING_SLOTS};
+pub use gpu::{
+    DEVICE_PAGE, FILE_SLOT_BYTES, FILE_SLOTS, GPU_CONTEXT_BYTES, GPU_RANKS_RUNTIME_BYTES,
+    GPU_RUNTIME_BYTES,
+};
 pub use latency::{Bound, PROMPT_TOKENS, Prediction};
 pub use memory::{Buffer, KV_BLOCK, RankBytes, kv_bytes_per_block, step_buffers};
 pub use placement::{Budget, Tiers};
@@ -19,16 +25,23 @@ pub use rates::{A100_40GB, GpuRates, H200, Rate, Rates, SMALL_HOST};
 pub use shards::Shard;
 
 use crate::config::ModelConfig;
+use crate::gpu::Limits;
 use crate::weights::Dtype;
 use crate::{Error, Result};
+use gpu::GpuNeed;
 use latency::RankLoad;
 use memory::WeightCount;
+use placement::Placed;
 use serde::Serialize;
 
 /// Tokens of a prefill chunk unless asked otherwise.
 pub const DEFAULT_STEP_TOKENS: usize = 512;
+/// Steps of an offloaded plan are not made smaller than this, in tokens, for the sake of memory.
+const LEAST_STEP_TOKENS: usize = 256;
 /// Tokens of a sequence unless asked otherwise, or the model's own limit if that is less.
 pub const DEFAULT_CONTEXT: usize = 4096;
+/// Multiprocessors of an H100 or H200.
+pub const DEFAULT_SM_COUNT: usize = 132;
 /// More ranks, sequences or step tokens than these are a typing error.
 const MAX_RANKS: usize = 1024;
 const MAX_SEQS: usize = 1 << 16;
@@ -80,12 +93,17 @@ pub struct Request {
     pub max_seqs: usize,
     /// Tokens of a sequence, prompt and answer together.
     pub context: usize,
-    /// Tokens of a prefill chunk.
+    /// Tokens of a prefill chunk; a plan that must offload may take fewer (see [`Plan::new`]).
     pub max_step_tokens: usize,
-    /// Bytes of GPU memory that a rank may fill; `None` for no limit.
+    /// Bytes of GPU memory that a rank may fill, all that its process takes there included; `None` for no limit.
     pub gpu_memory: Option<u64>,
-    /// Bytes of host memory that the ranks of one node may fill together; `None` for no limit.
+    /// Bytes of host memory that the ranks of one node may fill together with weights, caches, buffers and pinned
+    /// staging; `None` for no limit.
     pub host_memory: Option<u64>,
+    /// The weights come from files, from which a step may read again what no memory holds.
+    pub files: bool,
+    /// Multiprocessors of a GPU, by which some of its step buffers are sized.
+    pub sm_count: usize,
     /// How fast the machine is.
     pub rates: Rates,
 }
@@ -104,6 +122,8 @@ impl Request {
             max_step_tokens: DEFAULT_STEP_TOKENS,
             gpu_memory: None,
             host_memory: None,
+            files: true,
+            sm_count: DEFAULT_SM_COUNT,
             rates: Rates::assumed(device, None),
         }
     }
@@ -147,7 +167,9 @@ pub struct RankPlan {
     pub budget: Budget,
     /// Its bytes by where they lie.
     pub tiers: Tiers,
-    /// All its bytes lie in its own device's memory: the GPU's, or the host's for a CPU rank.
+    /// The rows of its matrices by where they lie; all resident on a CPU rank.
+    pub placement: Placement,
+    /// All its weights lie in its own device's memory: the GPU's, or the host's for a CPU rank.
     pub fits: bool,
 }
 
@@ -160,7 +182,8 @@ pub struct Plan {
     pub parameters: u64,
     /// What was asked for.
     pub request: Request,
-    /// Tokens of the largest step: the chunk asked for, no more than all sequences hold, and one for every sequence.
+    /// Tokens of the largest step: the chunk asked for or what was made of it (see [`Plan::new`]), no more than all
+    /// sequences hold, and one for every sequence.
     pub max_step_tokens: usize,
     /// Tokens in a KV block.
     pub kv_block_tokens: usize,
@@ -175,35 +198,64 @@ pub struct Plan {
 impl Plan {
     /// Plans every rank.
     ///
+    /// On GPUs that cannot hold everything, the step buffers take memory from the weights. There the tokens of a step
+    /// are halved, not below 256, where that makes a request of one prompt and a short answer faster
+    /// ([`Prediction::request_s`]): few large steps pass over the offloaded weights less often, small ones leave fewer
+    /// of them offloaded.
+    ///
     /// # Errors
     /// [`Error::Usage`] for a request that no machine could serve (a context over the model's limit, zero or absurdly
     /// many of something), [`Error::Failed`] for one that the given memory cannot hold, with the numbers per rank.
     pub fn new(config: &ModelConfig, request: &Request) -> Result<Plan> {
         request.validate(config)?;
         let n_kv_blocks = request.max_seqs * request.context.div_ceil(KV_BLOCK);
-        let max_step_tokens = request
+        let mut tokens = request
             .max_step_tokens
             .min(request.max_seqs * request.context)
             .max(request.max_seqs);
+        let with = |tokens| Plan::with_step_tokens(config, request, n_kv_blocks, tokens);
+        let mut best = with(tokens);
+        let fits = |plan: &Plan| plan.ranks.iter().all(|r| r.fits);
+        if request.device == DeviceKind::Cpu || best.as_ref().is_ok_and(fits) {
+            return best;
+        }
+        while tokens / 2 >= LEAST_STEP_TOKENS.max(request.max_seqs) {
+            tokens /= 2;
+            let smaller = with(tokens);
+            let better = match (&smaller, &best) {
+                (Ok(new), Ok(old)) => new.predicted.request_s < old.predicted.request_s,
+                (Err(_), Ok(_)) => false,
+                _ => true,
+            };
+            if better {
+                best = smaller;
+            }
+        }
+        best
+    }
+
+    fn with_step_tokens(
+        config: &ModelConfig,
+        request: &Request,
+        n_kv_blocks: usize,
+        max_step_tokens: usize,
+    ) -> Result<Plan> {
+        let limits = Limits {
+            max_step_tokens,
+            max_logit_rows: request.max_seqs,
+            n_kv_blocks,
+        };
         let shards: Vec<Shard> = (0..request.tp_size)
             .map(|rank| Shard::new(config, request.tp_size, rank))
             .collect();
-        let needs: Vec<(WeightCount, RankBytes)> = shards
-            .iter()
-            .map(|shard| need(config, request, shard, n_kv_blocks, max_step_tokens))
-            .collect::<Result<_>>()?;
-        let bytes: Vec<RankBytes> = needs.iter().map(|(_, bytes)| *bytes).collect();
-        let placed = placement::place(request, &bytes)?;
+        let placed = place(config, request, &shards, &limits)?;
         let ranks: Vec<RankLoad> = shards
             .into_iter()
-            .zip(needs)
             .zip(placed)
-            .map(|((shard, (weights, bytes)), (budget, tiers))| RankLoad {
+            .map(|(shard, placed)| RankLoad {
+                weights: WeightCount::new(config, &shard, request.dtype),
                 shard,
-                weights,
-                bytes,
-                budget,
-                tiers,
+                placed,
             })
             .collect();
         let predicted = latency::predict(config, request, max_step_tokens, &ranks);
@@ -214,27 +266,41 @@ impl Plan {
             max_step_tokens,
             kv_block_tokens: KV_BLOCK,
             n_kv_blocks,
-            ranks: ranks
-                .into_iter()
-                .map(|load| rank_plan(request.device, load))
-                .collect(),
+            ranks: ranks.into_iter().map(rank_plan).collect(),
             predicted,
         })
     }
 }
 
-/// What one rank holds, wherever it will lie.
-fn need(
+/// What every rank holds and where.
+fn place(
+    config: &ModelConfig,
+    request: &Request,
+    shards: &[Shard],
+    limits: &Limits,
+) -> Result<Vec<Placed>> {
+    if request.device == DeviceKind::Cpu {
+        let need = |shard| cpu_need(config, request, shard, limits);
+        let needs: Vec<_> = shards.iter().map(need).collect::<Result<_>>()?;
+        return placement::on_cpu(request, &needs);
+    }
+    let need = |shard| GpuNeed::new(config, request, shard, limits);
+    let needs: Vec<_> = shards.iter().map(need).collect::<Result<_>>()?;
+    placement::on_gpu(request, &needs)
+}
+
+/// What a CPU rank holds, all of it in host memory.
+fn cpu_need(
     config: &ModelConfig,
     request: &Request,
     shard: &Shard,
-    n_kv_blocks: usize,
-    max_step_tokens: usize,
-) -> Result<(WeightCount, RankBytes)> {
+    limits: &Limits,
+) -> Result<(RankBytes, Placement)> {
     let device = request.device;
     let weights = WeightCount::new(config, shard, request.dtype);
-    let kv = kv_bytes_per_block(config, shard, device).saturating_mul(n_kv_blocks as u64);
-    let arena = step_buffers(config, shard, device, max_step_tokens, request.max_seqs)
+    let kv = kv_bytes_per_block(config, shard, device).saturating_mul(limits.n_kv_blocks as u64);
+    let (tokens, rows) = (limits.max_step_tokens, limits.max_logit_rows);
+    let arena = step_buffers(config, shard, device, tokens, rows)
         .iter()
         .fold(0u64, |sum, buffer| sum.saturating_add(buffer.bytes()));
     let bytes = RankBytes::new(weights.bytes, kv, arena);
@@ -244,21 +310,24 @@ fn need(
             shard.tp_rank
         )));
     }
-    Ok((weights, bytes))
+    Ok((bytes, Placement::all_resident(config, shard)))
 }
 
-fn rank_plan(device: DeviceKind, load: RankLoad) -> RankPlan {
-    let own = match device {
-        DeviceKind::Cpu => load.tiers.host,
-        DeviceKind::Cuda => load.tiers.device,
-    };
+fn rank_plan(load: RankLoad) -> RankPlan {
+    let Placed {
+        placement,
+        bytes,
+        budget,
+        tiers,
+    } = load.placed;
     RankPlan {
         shard: load.shard,
         matrices: load.weights.matrices,
-        bytes: load.bytes,
-        budget: load.budget,
-        tiers: load.tiers,
-        fits: own == load.bytes.total,
+        bytes,
+        budget,
+        tiers,
+        placement,
+        fits: !placement.is_offloaded(),
     }
 }
 

@@ -77,10 +77,12 @@ impl Plan {
 
     fn header(&self) -> Row {
         let shard = ["rank", "heads", "KV heads", "intermediate", "vocabulary"];
-        let bytes = ["weights", "KV", "buffers", "total"];
+        let bytes = ["weights", "KV", "buffers"];
         let places: &[&str] = match self.request.device {
-            DeviceKind::Cpu => &["budget"],
-            DeviceKind::Cuda => &["budget", "on GPU", "on host", "in files"],
+            DeviceKind::Cpu => &["total", "budget"],
+            DeviceKind::Cuda => &[
+                "runtime", "total", "budget", "on GPU", "on host", "in files",
+            ],
         };
         let all = shard.iter().chain(&bytes).chain(places).chain(&["fits"]);
         all.map(|s| s.to_string()).collect()
@@ -90,10 +92,12 @@ impl Plan {
         let (s, b, t) = (&rank.shard, &rank.bytes, &rank.tiers);
         let mut row = vec![ranks];
         row.extend([&s.heads, &s.kv_heads, &s.intermediate, &s.vocab].map(extent));
-        row.extend([b.weights, b.kv, b.activations, b.total].map(gib));
+        row.extend([b.weights, b.kv, b.activations].map(gib));
         match self.request.device {
-            DeviceKind::Cpu => row.push(limit(rank.budget.host)),
+            DeviceKind::Cpu => row.extend([gib(b.total), limit(rank.budget.host)]),
             DeviceKind::Cuda => {
+                let runtime = b.ring + b.peer + b.runtime + b.staging;
+                row.extend([runtime, b.total].map(gib));
                 row.push(limit(rank.budget.device));
                 row.extend([t.device, t.host, t.file].map(gib));
             }
@@ -106,19 +110,16 @@ impl Plan {
         let sum = |of: fn(&Tiers) -> u64| -> f64 {
             self.ranks.iter().map(|r| of(&r.tiers) as f64).sum::<f64>() / GIB
         };
-        let place = match self.request.device {
-            DeviceKind::Cpu => "host memory",
-            DeviceKind::Cuda => "GPU memory",
+        let (place, held) = match self.request.device {
+            DeviceKind::Cpu => ("host memory", sum(|t| t.host)),
+            DeviceKind::Cuda => ("GPU memory", sum(|t| t.device)),
         };
         if self.ranks.iter().all(|r| r.fits) {
-            return format!(
-                "all in {place}: {:.2} GiB over all ranks",
-                sum(|t| t.device) + sum(|t| t.host)
-            );
+            return format!("all weights in {place}: {held:.2} GiB over all ranks");
         }
         let mut line = format!(
-            "not all in {place}: {:.2} GiB lie in host memory",
-            sum(|t| t.host)
+            "not all weights in {place}: {:.2} GiB of them lie in host memory",
+            sum(|t| t.weights_pinned)
         );
         if let Some(host) = self.request.host_memory {
             let _ = write!(line, " (budget {} a node)", super::bytes::format(host));

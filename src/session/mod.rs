@@ -23,6 +23,7 @@ use site::Site;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What rank 0's work needs of the model; it decides the plan of every rank.
@@ -48,7 +49,7 @@ pub struct Report {
 /// The model as this rank found it.
 struct Model {
     config: ModelConfig,
-    checkpoint: Option<Checkpoint>,
+    checkpoint: Option<Arc<Checkpoint>>,
     dtype: Dtype,
     fingerprint: u64,
     site: Site,
@@ -56,6 +57,9 @@ struct Model {
 
 /// Tokens of a GPU's prefill chunk: enough that the weights' traffic is hidden behind the products.
 const GPU_STEP_TOKENS: usize = 2048;
+
+/// The same where every step passes over weights that are not on the GPU.
+const OFFLOAD_STEP_TOKENS: usize = 8192;
 
 /// Sequences that share a step; more would only wait for each other's memory traffic on a CPU.
 const MAX_SEQUENCES: usize = 32;
@@ -133,10 +137,10 @@ fn find(args: &ModelArgs, world: &World) -> Result<Model> {
         Weights::Checkpoint => {
             let checkpoint = Checkpoint::open(&args.model)?;
             let dtype = check_tensors(&config, &checkpoint)?;
-            (Some(checkpoint), dtype)
+            (Some(Arc::new(checkpoint)), dtype)
         }
     };
-    let files = checkpoint.as_ref().map_or(0, Checkpoint::fingerprint);
+    let files = checkpoint.as_ref().map_or(0, |c| c.fingerprint());
     let mut hasher = std::hash::DefaultHasher::new();
     let kind = site.kind();
     format!("{config:?} {dtype} {kind} {:?} {files:x}", args.weights).hash(&mut hasher);
@@ -200,6 +204,12 @@ fn prepare<W>(
             let ranks = (group.size() > 1).then(|| group.take_collective());
             let parts = gpu::Parts::cuda(*cuda, ranks, model.config.hidden_size)?;
             let threads = pool_share(group).len();
+            let host = gpu::Host {
+                placement: plan.ranks[group.rank()].placement,
+                cores: (args.host_share != Some(0.0)).then(|| host_cores(group)),
+                share: args.host_share,
+                files: model.checkpoint.clone(),
+            };
             let bytes = plan.ranks[group.rank()].bytes.weights;
             let bar = logging::byte_bar(bytes, group.rank() == 0);
             let progress = |n| bar.inc(n);
@@ -210,7 +220,7 @@ fn prepare<W>(
                 shard,
                 limits,
                 parts,
-                gpu::Host::default(),
+                host,
                 threads,
                 &progress,
             )?;
@@ -252,25 +262,31 @@ fn share_demand(mine: Option<Demand>, group: &Group) -> Result<Demand> {
     }
 }
 
-/// The plan for as many sequences at a time as the input has and memory allows.
+/// The plan for as many sequences at a time as the input has and memory allows: fewer where that keeps all weights on
+/// the GPU, but where they cannot be, every pass over them should serve as many as possible.
 fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) -> Result<Plan> {
-    let typed = args
-        .host_memory
-        .as_deref()
-        .map(plan::bytes::parse)
-        .transpose()?;
+    let parse = |text: &Option<String>| text.as_deref().map(plan::bytes::parse).transpose();
+    let (gpu_typed, host_typed) = (parse(&args.gpu_memory)?, parse(&args.host_memory)?);
     // The scarcest host, or GPU, decides.
-    let free = group.hellos().iter().map(|h| h.memory).min();
+    let least = |of: fn(&Hello) -> u64| group.hellos().iter().map(of).min();
     let name = args.model.display().to_string();
     let kind = model.site.kind();
-    let base = plan::Request::new(&name, &model.config, kind, group.size());
     let on_gpu = kind == DeviceKind::Cuda;
+    if gpu_typed.is_some() && !on_gpu {
+        return Err(Error::usage("--gpu-memory: the ranks run on CPU cores"));
+    }
+    if args.host_share.is_some_and(|x| !(0.0..=1.0).contains(&x)) {
+        return Err(Error::usage("--host-share: must be from 0 to 1"));
+    }
+    let base = plan::Request::new(&name, &model.config, kind, group.size());
     let mut request = plan::Request {
         dtype: model.dtype,
         context: demand.context,
         max_seqs: demand.sequences.clamp(1, MAX_SEQUENCES),
-        gpu_memory: free.filter(|_| on_gpu),
-        host_memory: if on_gpu { typed } else { typed.or(free) },
+        gpu_memory: gpu_typed.or(least(|h| h.memory)).filter(|_| on_gpu),
+        host_memory: host_typed.or(least(|h| h.host_memory)),
+        files: model.checkpoint.is_some(),
+        sm_count: model.site.sm_count(),
         max_step_tokens: if on_gpu {
             GPU_STEP_TOKENS
         } else {
@@ -279,25 +295,36 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
         ranks_per_node: group.local_rank_and_size().1,
         ..base
     };
+    let mut offloaded = None;
     loop {
-        match Plan::new(&model.config, &request).and_then(all_on_device) {
-            Err(Error::Failed(_)) if request.max_seqs > 1 => request.max_seqs /= 2,
-            outcome => return outcome,
+        let mut outcome = Plan::new(&model.config, &request);
+        if outcome.as_ref().is_ok_and(fits) {
+            return outcome;
         }
+        if on_gpu {
+            // A step passes over all that is not on the GPU: a prompt in one step pays for that once.
+            let max_step_tokens = demand.context.clamp(GPU_STEP_TOKENS, OFFLOAD_STEP_TOKENS);
+            let longer = plan::Request {
+                max_step_tokens,
+                ..request.clone()
+            };
+            outcome = Plan::new(&model.config, &longer);
+        }
+        offloaded = match (offloaded, outcome) {
+            (Some(Ok(plan)), _) => Some(Ok(plan)),
+            (_, outcome) => Some(outcome),
+        };
+        if request.max_seqs == 1 {
+            break;
+        }
+        request.max_seqs /= 2;
     }
+    offloaded.unwrap_or_else(|| Err(Error::failed("internal error: nothing was planned")))
 }
 
-/// Weights that do not fit the GPU need the offload to host memory, which is not there yet.
-fn all_on_device(plan: Plan) -> Result<Plan> {
-    match plan.ranks.iter().find(|r| !r.fits) {
-        None => Ok(plan),
-        Some(r) => Err(Error::failed(format!(
-            "rank {} needs {} of GPU memory and may fill {}: start more ranks, or use --device cpu",
-            r.shard.tp_rank,
-            plan::bytes::format(r.bytes.total),
-            plan::bytes::format(plan.request.gpu_memory.unwrap_or(0))
-        ))),
-    }
+/// Whether all weights are in the memory of what multiplies them.
+fn fits(plan: &Plan) -> bool {
+    plan.ranks.iter().all(|r| r.fits)
 }
 
 /// The ranks on this rank's host that may run on the same CPUs, and its number among them.
@@ -314,6 +341,19 @@ fn pool_share(group: &Group) -> Vec<usize> {
     let (index, of) = sharers(group);
     let cores = cpu::physical_cores(&group.hellos()[group.rank()].cpus);
     cpu::share_of_cpus(&cores, index, of)
+}
+
+/// The cores that multiply a share of what is not on the GPU: all of this rank's but one, which drives the GPU.
+fn host_cores(group: &Group) -> gpu::Cores {
+    let cores = cpu::physical_cores(&group.hellos()[group.rank()].cpus);
+    let mut cpus = pool_share(group);
+    if cpus.len() >= 4 {
+        cpus.remove(0);
+    }
+    gpu::Cores {
+        cpus,
+        exclusive: !cpu::oversubscribed(&cores, sharers(group).1),
+    }
 }
 
 /// One thread a core of this rank's share.

@@ -5,7 +5,7 @@ use crate::cpu::Isa;
 use crate::gpu::cache::Cache;
 use crate::gpu::cuda::{Cuda, device_count};
 use crate::gpu::{Driver, libraries};
-use crate::plan::DeviceKind;
+use crate::plan::{DEFAULT_SM_COUNT, DeviceKind, GPU_CONTEXT_BYTES};
 use crate::world::{Hello, World};
 use crate::{Error, Result};
 
@@ -15,8 +15,12 @@ pub(super) enum Site {
     Gpu(Box<Cuda>),
 }
 
-/// Device memory that a plan leaves free: the driver's and the libraries' own (context, cublasLt, NCCL).
-const GPU_RESERVE: u64 = 1 << 30;
+/// Device memory that the default budget leaves free, for what other processes may take meanwhile. What the driver and
+/// the libraries take for this process is in the plan itself ([`crate::plan::GPU_RUNTIME_BYTES`]).
+const GPU_RESERVE: u64 = 256 << 20;
+
+/// Host memory of each GPU rank besides what the plan counts and every process has: the driver's and the libraries' own.
+const CUDA_HOST_RESERVE: u64 = 768 << 20;
 
 impl Site {
     /// The device that was asked for; `auto` takes a GPU where there is one that works.
@@ -52,6 +56,14 @@ impl Site {
         }
     }
 
+    /// Multiprocessors of its GPU; what a plan assumes where there is none.
+    pub fn sm_count(&self) -> usize {
+        match self {
+            Site::Cpu => DEFAULT_SM_COUNT,
+            Site::Gpu(cuda) => cuda.properties().sm_count as usize,
+        }
+    }
+
     /// What the other ranks are told of it; on the CPU the memory is shared by the `local_size` ranks of this machine.
     pub fn describe(&self, hello: Hello, local_size: usize) -> Hello {
         let host = crate::doctor::host_memory();
@@ -59,10 +71,12 @@ impl Site {
             memory_limit: host.cgroup_limit,
             ..hello
         };
+        let host_memory = host.budget(local_size).unwrap_or(u64::MAX);
         match self {
             Site::Cpu => Hello {
                 device: format!("cpu ({})", Isa::detect()),
-                memory: host.budget(local_size).unwrap_or(u64::MAX),
+                memory: host_memory,
+                host_memory,
                 ..hello
             },
             Site::Gpu(cuda) => {
@@ -72,11 +86,15 @@ impl Site {
                     .iter()
                     .map(|b| format!("{b:02x}"))
                     .collect();
+                // The context exists already and is no longer free, but the plan counts it as this process's own.
                 let free = cuda.memory().map_or(0, |m| m.free);
+                let own = if free > 0 { GPU_CONTEXT_BYTES } else { 0 };
+                let libraries = CUDA_HOST_RESERVE.saturating_mul(local_size as u64);
                 Hello {
                     device: format!("{} (GPU {})", cuda.properties().name, cuda.ordinal()),
                     gpu_uuid: Some(uuid),
-                    memory: free.saturating_sub(GPU_RESERVE),
+                    memory: (free + own).saturating_sub(GPU_RESERVE),
+                    host_memory: host_memory.saturating_sub(libraries),
                     ..hello
                 }
             }

@@ -27,6 +27,8 @@ pub struct Hello {
     pub gpu_uuid: Option<String>,
     /// Bytes of memory that it may use (device memory on a GPU).
     pub memory: u64,
+    /// Bytes of host memory that the ranks of its machine may plan with together.
+    pub host_memory: u64,
     /// Bytes of the cgroup's memory limit, if there is one.
     pub memory_limit: Option<u64>,
     /// Exit code and line of what has already gone wrong on this rank.
@@ -46,6 +48,7 @@ impl Hello {
             device: "cpu".to_owned(),
             gpu_uuid: None,
             memory: 0,
+            host_memory: u64::MAX,
             memory_limit: None,
             error: None,
         }
