@@ -155,8 +155,8 @@ pub struct GenerateArgs {
     pub messages: Option<PathBuf>,
     /// Answer every line of a file as one batch; the output is one JSON object a line, in the file's order
     ///
-    /// A line is a JSON object with "prompt" or "messages" (its other keys are copied to the output), a JSON string,
-    /// or plain text.
+    /// A line is a JSON object with "prompt", "messages" or "prompt_token_ids" (its other keys are copied to the output),
+    /// a JSON string, or plain text. Token ids need no tokenizer.
     #[arg(long, value_name = "FILE", group = "source", verbatim_doc_comment)]
     pub prompts: Option<PathBuf>,
     /// Use N made-up tokens as the prompt, to measure (needs no tokenizer)
@@ -183,6 +183,9 @@ pub struct GenerateArgs {
     /// Add each token's log-probability to the JSON
     #[arg(long)]
     pub logprobs: bool,
+    /// Write the logits that each token of a single answer was chosen from, as safetensors: "logits", f32, [tokens, vocabulary]
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub logits: Option<PathBuf>,
 }
 
 /// `tandem chat`.

@@ -4,8 +4,9 @@ use crate::engine::FinishReason;
 use crate::plan::{RankBytes, bytes};
 use crate::{Error, Result};
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::io::Write;
+use std::path::Path;
 
 /// One rank in the report.
 #[derive(Debug, Clone, Serialize)]
@@ -80,6 +81,25 @@ pub fn write_stdout(text: &str) -> Result<()> {
 pub fn write_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string(value).map_err(|e| Error::failed(format!("JSON: {e}")))?;
     write_stdout(&(text + "\n"))
+}
+
+/// Writes rows of logits as a safetensors file with one f32 tensor, `logits`, `[tokens, vocab_size]`.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn write_logits(path: &Path, rows: &[f32], vocab_size: usize) -> Result<()> {
+    let shape = [rows.len() / vocab_size.max(1), vocab_size];
+    let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [0, size_of_val(rows)]});
+    let mut header = json!({ "logits": entry }).to_string();
+    // The format wants its data on a multiple of eight bytes.
+    header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
+    let bytes = [
+        &(header.len() as u64).to_le_bytes(),
+        header.as_bytes(),
+        bytemuck::cast_slice(rows),
+    ];
+    std::fs::write(path, bytes.concat())
+        .map_err(|e| Error::file(path, format!("cannot be written: {e}")))
 }
 
 /// The summary that ends a run on stderr.

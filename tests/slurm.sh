@@ -6,7 +6,8 @@
 #   tests/slurm.sh stop DIR    ends those three daemons; DIR stays, with the logs
 #
 # Both may be repeated. TANDEM_SLURM_CPUS (default: the machine's cores, at least 8) is what the
-# node claims to have, so that `srun -n 4` runs at once on two cores.
+# node claims to have, so that `srun -n 4` runs at once on two cores. TANDEM_SLURM_GPUS are device files
+# that the node hands out as `gres` of the kind gpu, in CUDA's order: "/dev/nvidia0 /dev/nvidia1".
 set -euo pipefail
 
 die() {
@@ -22,6 +23,8 @@ export SLURM_CONF=$dir/slurm.conf
 
 install_packages() {
     local package missing=()
+    # They may have been unpacked without being installed (tests/gpu_slurm.sh).
+    if command -v slurmctld && command -v slurmd && command -v srun && command -v munged; then return; fi >/dev/null
     for package in slurmctld slurmd slurm-client munge; do
         dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q '^install ok installed' ||
             missing+=("$package")
@@ -49,6 +52,22 @@ free_ports() {
         fi
     done
     die "no free port near $first"
+}
+
+# Slurm takes the number of a GPU from the end of its file's name, CUDA counts those that it sees: the files
+# go by links that are numbered from 0.
+write_gres() {
+    local file n=0
+    rm -rf "$dir/gpu" "$dir/gres.conf"
+    [[ -n ${TANDEM_SLURM_GPUS:-} ]] || return 0
+    mkdir "$dir/gpu"
+    for file in $TANDEM_SLURM_GPUS; do
+        ln -s "$file" "$dir/gpu/nvidia$n"
+        n=$((n + 1))
+    done
+    printf '%s\n' AutoDetect=off "Name=gpu File=$dir/gpu/nvidia[0-$((n - 1))]" >"$dir/gres.conf"
+    echo GresTypes=gpu >>"$SLURM_CONF"
+    sed -i "s/^\(NodeName=.*\) State=/\1 Gres=gpu:$n State=/" "$SLURM_CONF"
 }
 
 write_config() {
@@ -134,6 +153,7 @@ start() {
     if ! { running munged && running slurmctld && running slurmd && node_is_up; }; then
         stop
         write_config
+        write_gres
         # The daemons outlive this script: they must not hold its output (a caller's pipe) open.
         munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" \
             --pid-file="$dir/munged.pid" --log-file="$dir/munged.log" \

@@ -37,6 +37,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
             context,
             sequences: 1,
             n_tokens_known: tokenizer.vocab_size(),
+            keep_logits: false,
         };
         Ok((demand, (tokenizer, sampling)))
     };

@@ -4,7 +4,7 @@ use super::generation::{DEFAULT_MAX_TOKENS, Generation, Sampling, thinking};
 use crate::cli::GenerateArgs;
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, FinishReason, Request, SeqId};
-use crate::output::{Answer, summary, write_json, write_stdout};
+use crate::output::{Answer, summary, write_json, write_logits, write_stdout};
 use crate::session::{self, Demand, Report};
 use crate::text::{ChatRequest, Tokenizer};
 use crate::{Error, Result};
@@ -27,6 +27,8 @@ struct Work {
     sampling: Sampling,
     jobs: Vec<Job>,
     max_tokens: usize,
+    /// Width of a row of logits.
+    vocab_size: usize,
 }
 
 /// Runs the command on this rank.
@@ -51,18 +53,18 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
                 extra: Map::new(),
             }],
         ),
-        None if !dir.exists() => {
-            return Err(Error::file(
-                dir,
-                "a named shape has no tokenizer: give --prompt-tokens N instead of a prompt",
-            ));
-        }
         None => {
-            let tokenizer = Tokenizer::load(dir)?;
-            let jobs = jobs(args, &tokenizer)?;
-            (Some(tokenizer), jobs)
+            let tokenizer = tokenizer(dir)?;
+            let jobs = jobs(args, &tokenizer, config.vocab_size)?;
+            (tokenizer.ok(), jobs)
         }
     };
+    if args.logits.is_some() && jobs.len() > 1 {
+        let n = jobs.len();
+        return Err(Error::usage(format!(
+            "--logits: keeps those of one prompt, not of {n}"
+        )));
+    }
     let longest = jobs.iter().map(|j| j.prompt.len()).max().unwrap_or(0);
     let room = config.max_position_embeddings.saturating_sub(longest);
     if room == 0 {
@@ -87,6 +89,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
         context: longest + max_tokens,
         sequences: jobs.len(),
         n_tokens_known,
+        keep_logits: args.logits.is_some(),
     };
     Ok((
         demand,
@@ -95,8 +98,21 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
             sampling,
             jobs,
             max_tokens,
+            vocab_size: config.vocab_size,
         },
     ))
+}
+
+/// The tokenizer, or why there is none: prompts that are token ids can do without.
+fn tokenizer(dir: &Path) -> Result<Result<Tokenizer>> {
+    match Tokenizer::load(dir) {
+        Err(e) if dir.join("tokenizer.json").exists() => Err(e),
+        Err(_) if !dir.exists() => Ok(Err(Error::file(
+            dir,
+            "a named shape has no tokenizer: give --prompt-tokens N instead of a prompt",
+        ))),
+        found => Ok(found),
+    }
 }
 
 /// Token ids without a meaning, spread over the vocabulary.
@@ -105,7 +121,7 @@ fn made_up(n: usize, vocab_size: usize) -> Vec<u32> {
 }
 
 /// Reads and tokenizes what is to be answered.
-fn jobs(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<Job>> {
+fn jobs(args: &GenerateArgs, tokenizer: &Result<Tokenizer>, vocab_size: usize) -> Result<Vec<Job>> {
     if let Some(path) = &args.prompts {
         let text = read_text(path)?;
         let lines = text
@@ -113,7 +129,7 @@ fn jobs(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<Job>> {
             .zip(1..)
             .filter(|(line, _)| !line.trim().is_empty());
         let jobs = lines.map(|(line, n)| {
-            batch_line(args, tokenizer, line)
+            batch_line(args, tokenizer, vocab_size, line)
                 .map_err(|e| Error::file(path, format!("line {n}: {e}")))
         });
         let jobs = jobs.collect::<Result<Vec<_>>>()?;
@@ -123,6 +139,7 @@ fn jobs(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<Job>> {
             Ok(jobs)
         };
     }
+    let tokenizer = tokenizer.as_ref().map_err(Error::clone)?;
     let prompt = if let Some(path) = &args.messages {
         let messages = json_list(path, "messages")?;
         chat_tokens(args, tokenizer, messages)?
@@ -140,18 +157,26 @@ fn jobs(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<Job>> {
     }])
 }
 
-fn batch_line(args: &GenerateArgs, tokenizer: &Tokenizer, line: &str) -> Result<Job> {
+fn batch_line(
+    args: &GenerateArgs,
+    tokenizer: &Result<Tokenizer>,
+    vocab_size: usize,
+    line: &str,
+) -> Result<Job> {
+    let tokenizer = || tokenizer.as_ref().map_err(Error::clone);
     let mut extra = match serde_json::from_str(line) {
         Ok(Value::Object(map)) => map,
         Ok(Value::String(text)) => Map::from_iter([("prompt".to_string(), Value::String(text))]),
         _ => Map::from_iter([("prompt".to_string(), Value::String(line.to_string()))]),
     };
-    let prompt = match (extra.remove("messages"), extra.remove("prompt")) {
-        (Some(Value::Array(messages)), None) => chat_tokens(args, tokenizer, messages)?,
-        (None, Some(Value::String(text))) => prompt_tokens(args, tokenizer, &text)?,
+    let given = ["messages", "prompt", "prompt_token_ids"].map(|key| extra.remove(key));
+    let prompt = match given {
+        [Some(Value::Array(messages)), None, None] => chat_tokens(args, tokenizer()?, messages)?,
+        [None, Some(Value::String(text)), None] => prompt_tokens(args, tokenizer()?, &text)?,
+        [None, None, Some(Value::Array(ids))] => checked_ids(&ids, vocab_size)?,
         _ => {
             return Err(Error::failed(
-                "needs either \"prompt\" (a string) or \"messages\" (a list)",
+                "needs one of \"prompt\" (a string), \"messages\" (a list) and \"prompt_token_ids\" (a list)",
             ));
         }
     };
@@ -169,6 +194,24 @@ fn batch_line(args: &GenerateArgs, tokenizer: &Tokenizer, line: &str) -> Result<
             "key \"{key}\" is the answer's own; rename it"
         ))),
         None => Ok(Job { prompt, extra }),
+    }
+}
+
+/// A prompt that somebody else has tokenized.
+fn checked_ids(ids: &[Value], vocab_size: usize) -> Result<Vec<u32>> {
+    let id = |value: &Value| {
+        let id = value.as_u64().filter(|&id| id < vocab_size as u64);
+        id.map(|id| id as u32).ok_or_else(|| {
+            Error::failed(format!(
+                "\"prompt_token_ids\" has {value}: ids are whole numbers below the vocabulary's {vocab_size}"
+            ))
+        })
+    };
+    match ids {
+        [] => Err(Error::failed(
+            "\"prompt_token_ids\" is empty: give at least one token",
+        )),
+        ids => ids.iter().map(id).collect(),
     }
 }
 
@@ -314,7 +357,10 @@ fn answer(args: &GenerateArgs, engine: &mut Engine<'_>, work: Work, report: Repo
         }
         report_line(&answer);
     }
-    Ok(())
+    match &args.logits {
+        Some(path) => write_logits(path, engine.kept_logits(), work.vocab_size),
+        None => Ok(()),
+    }
 }
 
 fn report_line(answer: &Answer) {

@@ -25,11 +25,22 @@ pub trait Step {
     /// # Errors
     /// A plan that does not fit what this rank knows, or a failure of the backend.
     fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>>;
+    /// Has every row of logits that a token is chosen from kept from now on; on all ranks or on none, since fetching
+    /// them is a collective. For measurements of accuracy.
+    fn keep_logits(&mut self);
+    /// The rows kept so far, `[tokens, vocab]`, in the order of choice.
+    fn kept_logits(&self) -> &[f32];
 }
 
 impl<B: Backend> Step for Replica<B> {
     fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>> {
         Replica::step(self, plan)
+    }
+    fn keep_logits(&mut self) {
+        Replica::keep_logits(self);
+    }
+    fn kept_logits(&self) -> &[f32] {
+        Replica::kept_logits(self)
     }
 }
 
@@ -90,6 +101,11 @@ impl<'a> Engine<'a> {
     /// A rank that is gone already.
     pub fn finish(self) -> Result<()> {
         self.tell(&Command::Finish)
+    }
+
+    /// The rows of logits kept so far, `[tokens, vocab]`; empty unless the session was told to keep them.
+    pub fn kept_logits(&self) -> &[f32] {
+        self.replica.kept_logits()
     }
 
     /// Longest sequence, prompt and answer together.

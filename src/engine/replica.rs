@@ -37,6 +37,8 @@ pub struct Replica<B: Backend> {
     sequences: HashMap<SeqId, Sequence>,
     sampler: Sampler,
     batch: Batch,
+    /// Every row of logits chosen from, where they are wanted.
+    kept: Option<Vec<f32>>,
 }
 
 impl<B: Backend> Replica<B> {
@@ -60,7 +62,18 @@ impl<B: Backend> Replica<B> {
             sequences,
             sampler,
             batch,
+            kept: None,
         }
+    }
+
+    /// Keeps every row of logits that a token is chosen from.
+    pub fn keep_logits(&mut self) {
+        self.kept.get_or_insert_default();
+    }
+
+    /// The rows kept so far, `[tokens, vocab]`.
+    pub fn kept_logits(&self) -> &[f32] {
+        self.kept.as_deref().unwrap_or_default()
     }
 
     /// Carries out one step and returns a token for each sequence whose known tokens are now all computed.
@@ -175,12 +188,16 @@ impl<B: Backend> Replica<B> {
                 .get(id)
                 .is_none_or(|s| s.sampling.is_plain_argmax())
         };
-        if finishing.iter().all(plain)
+        if self.kept.is_none()
+            && finishing.iter().all(plain)
             && let Some(choices) = self.backend.most_likely(&self.activations.logits, known)?
         {
             return Ok(choices);
         }
         let logits = self.backend.read_logits(&self.activations.logits)?;
+        if let Some(kept) = &mut self.kept {
+            kept.extend_from_slice(&logits[..finishing.len() * self.vocab_size]);
+        }
         let rows = finishing.iter().zip(logits.chunks(self.vocab_size));
         let choices = rows.map(|(id, row)| {
             let choosable = &row[..known];

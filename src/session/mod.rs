@@ -35,6 +35,8 @@ pub struct Demand {
     pub sequences: usize,
     /// Tokens that the tokenizer knows: further rows of the vocabulary are padding.
     pub n_tokens_known: usize,
+    /// Whether [`Engine::kept_logits`] is wanted at the end.
+    pub keep_logits: bool,
 }
 
 /// What a run can say of itself.
@@ -189,7 +191,7 @@ fn prepare<W>(
         max_logit_rows: plan.request.max_seqs,
         n_kv_blocks: plan.n_kv_blocks,
     };
-    let replica: Box<dyn Step> = match model.site {
+    let mut replica: Box<dyn Step> = match model.site {
         Site::Cpu => {
             let place = Place {
                 shard,
@@ -235,6 +237,9 @@ fn prepare<W>(
             ))
         }
     };
+    if demand.keep_logits {
+        replica.keep_logits();
+    }
     let scheduler = Scheduler::new(
         plan.n_kv_blocks,
         plan.max_step_tokens,

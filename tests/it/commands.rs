@@ -1,13 +1,14 @@
 //! What a user types, and what comes out, on the tiny golden models.
 
-use crate::support::{Golden, golden, tandem};
+use crate::support::{Golden, golden, relative_error, tandem};
 use serde_json::Value;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const PROMPT: &str = "The harbour was quiet at dawn; 3 boats left it.";
 
-fn model() -> std::path::PathBuf {
+fn model() -> PathBuf {
     golden("models/qwen2-tied")
 }
 
@@ -234,6 +235,82 @@ fn a_batch_answers_line_by_line_in_the_order_of_the_file() {
         ]));
         assert_eq!(ids(answer), ids(&alone), "{prompt}");
     }
+}
+
+/// A copy of the model without its tokenizer's files.
+fn without_tokenizer(dir: &Path) -> PathBuf {
+    let bare = dir.join("bare");
+    std::fs::create_dir(&bare).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(model().join(file), bare.join(file)).unwrap();
+    }
+    bare
+}
+
+#[test]
+fn token_ids_need_no_tokenizer_and_their_logits_are_kept_when_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let bare = without_tokenizer(dir.path());
+    let golden = Golden::read(&model().join("golden.safetensors"));
+    let (file, kept) = (dir.path().join("ids.jsonl"), dir.path().join("kept"));
+    let line = serde_json::json!({"prompt_token_ids": golden.ids("short.ids"), "n": 1});
+    std::fs::write(&file, line.to_string()).unwrap();
+    for ranks in ["1", "2"] {
+        let mut run = tandem();
+        run.args(["generate", "--temperature", "0", "--max-tokens", "32"]);
+        run.args(["--logprobs", "--ranks", ranks, "--model"])
+            .arg(&bare);
+        run.arg("--prompts").arg(&file).arg("--logits").arg(&kept);
+        let answer = json(run);
+        assert_eq!(ids(&answer), golden.ids("short.greedy"));
+        assert_eq!((&answer["n"], &answer["text"]), (&1.into(), &"".into()));
+
+        let rows = Golden::read(&kept).f32("logits");
+        let (vocab, logprobs) = (rows.len() / 32, answer["logprobs"].as_array().unwrap());
+        for ((row, id), logprob) in rows.chunks(vocab).zip(ids(&answer)).zip(logprobs) {
+            let sum: f64 = row.iter().map(|&l| (l as f64).exp()).sum();
+            let want = row[id as usize] as f64 - sum.ln();
+            assert!((want - logprob.as_f64().unwrap()).abs() < 1e-4);
+        }
+        let first = golden.f32("short.logits");
+        let first = &first[first.len() - vocab..];
+        assert!(relative_error(&rows[..vocab], first) < 1e-4);
+    }
+}
+
+#[test]
+fn token_ids_that_cannot_be_are_refused_with_the_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let bare = without_tokenizer(dir.path());
+    let file = dir.path().join("ids.jsonl");
+    for (line, want) in [
+        (
+            r#"{"prompt_token_ids": []}"#,
+            "line 1: \"prompt_token_ids\" is empty",
+        ),
+        (
+            r#"{"prompt_token_ids": [1, -1]}"#,
+            "has -1: ids are whole numbers",
+        ),
+        (r#"{"prompt_token_ids": [1, 4294967297]}"#, "has 4294967297"),
+        (
+            r#"{"prompt_token_ids": [1], "prompt": "a"}"#,
+            "needs one of",
+        ),
+        (r#"{"prompt": "a"}"#, "tokenizer.json: missing"),
+    ] {
+        std::fs::write(&file, line).unwrap();
+        let mut run = tandem();
+        run.arg("generate").arg("--model").arg(&bare);
+        let out = run.arg("--prompts").arg(&file).output().unwrap();
+        assert_eq!(out.status.code(), Some(1), "{line}");
+        let error = String::from_utf8(out.stderr).unwrap();
+        assert!(error.contains(want), "{line}: {error}");
+    }
+    std::fs::write(&file, "one\ntwo\n").unwrap();
+    let mut run = generate(&["--logits", "x", "--prompts"]);
+    let out = run.arg(&file).output().unwrap();
+    assert_eq!(out.status.code(), Some(2));
 }
 
 #[test]

@@ -1,0 +1,303 @@
+"""tandem's logits on GPUs against transformers in float32, beside transformers' own bf16 run.
+
+    python3 tests/numerics.py TANDEM OUT_DIR [--shapes qwen2.5-7b,…] [--ranks 1,2] [--prompts 1,17,512,5000]
+                              [--max-seconds S] [--smollm2 DIR]
+
+For each published shape, cut to a few layers, transformers makes random weights and saves them in bf16. tandem
+continues a prompt of random token ids greedily, one prompt a run, and leaves the logits that each token was chosen from;
+transformers computes the logits of the same positions, given the same tokens, in float32 and in bf16. The error of a run
+is ‖logits − float32's‖ / ‖float32's‖ over all its rows; tandem's may be at most 1.2 times that of transformers' bf16. A
+second run, which leaves no logits and so chooses on the device, must give the same tokens.
+
+With --smollm2, the golden prompts too: every token is the most likely one in float32, given the tokens before it, except
+where the two logits are no further apart than one step of bf16; those places are listed.
+
+Needs torch, transformers and safetensors; `--device cpu` tries the script itself on a machine without a GPU. Writes
+OUT_DIR/numerics.json; the table comes last. Exit status 1 when a bar is missed.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers.utils import logging
+
+BAR = 1.2
+SHAPES = (
+    "qwen2.5-0.5b qwen3-0.6b qwen2.5-1.5b qwen3-1.7b qwen2.5-3b qwen3-4b qwen2.5-7b qwen3-8b "
+    "qwen2.5-14b qwen3-14b qwen3-32b qwen2.5-32b qwen2.5-72b"
+).split()
+# The largest shapes spend their bytes on layers here, not on two matrices of the full vocabulary.
+CUT_VOCAB = {"qwen2.5-32b": 32768, "qwen3-32b": 32768, "qwen2.5-72b": 32768}
+RUN_SECONDS = 60
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(n) for n in text.split(",") if n]
+    p.add_argument("tandem", type=lambda path: str(Path(path).resolve()))
+    p.add_argument("out", type=Path)
+    p.add_argument("--shapes", type=lambda text: [s for s in text.split(",") if s], default=SHAPES)
+    p.add_argument("--ranks", type=numbers, default=[1, 2])
+    p.add_argument("--prompts", type=numbers, default=[1, 17, 512, 5000])
+    p.add_argument("--decode", type=int, default=64, help="tokens of an answer")
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--vocab", type=int, help="cut every vocabulary to this")
+    p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin nothing new after this")
+    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    p.add_argument("--work", type=Path, default=Path("/dev/shm"), help="holds the checkpoints meanwhile")
+    p.add_argument("--smollm2", type=Path, help="the demo model's folder")
+    return p.parse_args()
+
+
+def config_of(args, shape):
+    """The shape as tandem knows it, as a config of transformers; cut to a few layers."""
+    plan = subprocess.run([args.tandem, "plan", "--model", shape, "--json"], check=True, capture_output=True, text=True)
+    m = json.loads(plan.stdout)["model"]
+    family = Qwen3Config if shape.startswith("qwen3") else Qwen2Config
+    vocab = args.vocab or CUT_VOCAB.get(shape, m["vocab_size"])
+    more = {"head_dim": m["head_dim"]} if family is Qwen3Config else {}
+    return family(
+        vocab_size=vocab,
+        hidden_size=m["hidden_size"],
+        intermediate_size=m["intermediate_size"],
+        num_hidden_layers=args.layers,
+        num_attention_heads=m["n_heads"],
+        num_key_value_heads=m["n_kv_heads"],
+        max_position_embeddings=m["max_position_embeddings"],
+        rms_norm_eps=m["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": m["rope"]["theta"]},
+        tie_word_embeddings=m["tie_word_embeddings"],
+        bos_token_id=0,
+        eos_token_id=1,
+        **more,
+    )
+
+
+@torch.no_grad()
+def make_model(config, device):
+    """Random weights at the scale of a real initialisation; biases and norms far enough from trivial to matter."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    random = torch.Generator(device).manual_seed(config.hidden_size * 31 + config.intermediate_size)
+    for name, p in model.named_parameters():
+        noise = torch.empty(p.shape, dtype=torch.float32, device=device).normal_(generator=random)
+        if "norm" in name:
+            p.copy_(1 + 0.2 * noise)
+        elif name.endswith("bias"):
+            p.copy_(0.5 * noise)
+        else:
+            p.copy_(0.02 * noise)
+    return model
+
+
+def generate(args, folder, ids, ranks, n_tokens, gpu=0, logits=None):
+    """The tokens that tandem answers to `ids`, alone in a run of its own; or why there are none."""
+    prompt = args.work / f"prompt-{os.getpid()}-{time.monotonic_ns()}.jsonl"
+    prompt.write_text(json.dumps({"prompt_token_ids": ids}))
+    command = [args.tandem, "generate", "--device", args.device, "--model", folder, "--prompts", prompt]
+    command += ["--temperature", "0", "--repetition-penalty", "1", "--ignore-eos", "--max-tokens", n_tokens]
+    command += ["--logits", logits] if logits else []
+    env = dict(os.environ)
+    if ranks > 1:
+        command += ["--ranks", ranks]
+    elif args.device == "cuda":
+        env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    try:
+        run = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=RUN_SECONDS, env=env)
+    except subprocess.TimeoutExpired:
+        return None, f"still running after {RUN_SECONDS} s"
+    finally:
+        prompt.unlink()
+    if run.returncode:
+        return None, run.stderr.strip()[-300:] or f"exit status {run.returncode}"
+    return json.loads(run.stdout)["token_ids"], None
+
+
+def run_tandem(args, folder, shape, vocab, ranks):
+    """Both runs of every prompt; on one rank several at a time, since nothing is timed."""
+    n_gpus = torch.cuda.device_count() if args.device == "cuda" else 1
+
+    def one(job):
+        index, n = job
+        ids = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        kept = args.work / f"{shape}-{n}-{ranks}.safetensors"
+        tokens, error = generate(args, folder, ids, ranks, args.decode, index % n_gpus, kept)
+        again, error2 = generate(args, folder, ids, ranks, args.decode, index % n_gpus) if tokens else (None, None)
+        return dict(
+            shape=shape, prompt=n, ranks=ranks, ids=ids, tokens=tokens, kept=kept, error=error or error2,
+            identical=tokens is not None and tokens == again,
+        )
+
+    with ThreadPoolExecutor(4 if ranks == 1 and args.device == "cuda" else 1) as pool:
+        return list(pool.map(one, enumerate(args.prompts)))
+
+
+@torch.no_grad()
+def reference(model, device, run):
+    """transformers' logits where tandem chose its tokens, `[tokens, vocab]`, given those tokens."""
+    ids = torch.tensor([run["ids"] + run["tokens"][:-1]], device=device)
+    return model(ids, use_cache=False, logits_to_keep=len(run["tokens"])).logits[0]
+
+
+def relative(a, b):
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def compare(device, model, runs):
+    """Adds both errors to the runs that ended well; `model` comes in bf16 and ends in float32."""
+    well = [run for run in runs if run["tokens"]]
+    for run in well:
+        run["bf16"] = reference(model, device, run).float().cpu()
+    model.float()
+    for run in well:
+        want = reference(model, device, run).cpu()
+        got = load_file(run["kept"])["logits"]
+        if got.shape != want.shape:
+            run["error"] = f"logits of shape {list(got.shape)} for {list(want.shape)}"
+            continue
+        run["tandem_error"], run["bf16_error"] = relative(got, want), relative(run["bf16"], want)
+        run["ratio"] = run["tandem_error"] / run["bf16_error"]
+
+
+def passes(run):
+    return run["error"] is None and run["identical"] and run["ratio"] <= BAR
+
+
+def check_shape(args, shape, until):
+    """All runs of a shape, and what was left out for want of time."""
+    config = config_of(args, shape)
+    folder = args.work / shape
+    model = make_model(config, args.device)
+    model.save_pretrained(folder)
+    runs, left_out = [], []
+    for ranks in args.ranks:
+        if time.monotonic() > until:
+            left_out.append(f"{shape} on {ranks}")
+        else:
+            runs += run_tandem(args, folder, shape, config.vocab_size, ranks)
+    compare(args.device, model, runs)
+    del model
+    torch.cuda.empty_cache()
+    shutil.rmtree(folder)
+    for run in runs:
+        run["kept"].unlink(missing_ok=True)
+        run["vocab"] = config.vocab_size
+        for key in ("ids", "kept", "bf16"):
+            run.pop(key, None)
+    return runs, left_out
+
+
+def bf16_step(x):
+    """The distance between bf16 numbers of the size of `x`."""
+    return 2.0 ** (math.floor(math.log2(abs(x))) - 7) if x else 0.0
+
+
+def check_smollm2(args, ranks):
+    """The places where tandem's token is not float32's, and whether each is a tie to bf16; then the lines of the table."""
+    golden = json.loads((Path(__file__).parent / "golden/smollm2/golden.json").read_text())["prompts"]
+    model = AutoModelForCausalLM.from_pretrained(args.smollm2, dtype=torch.float32).to(args.device).eval()
+    summary = dict(ranks=ranks, prompts=len(golden), tokens=0, equal_to_golden=0, places=[], errors=[])
+    for name, prompt in golden.items():
+        kept = args.work / f"smollm2-{name}-{ranks}.safetensors"
+        ids, n = prompt["prompt_token_ids"], len(prompt["token_ids"])
+        tokens, error = generate(args, args.smollm2, ids, ranks, n, 0, kept)
+        if error:
+            summary["errors"].append(f"{name}: {error}")
+            continue
+        want = reference(model, args.device, dict(ids=ids, tokens=tokens)).cpu()
+        got = load_file(kept)["logits"]
+        kept.unlink()
+        summary["tokens"] += len(tokens)
+        summary["equal_to_golden"] += tokens == prompt["token_ids"]
+        for i, (token, row) in enumerate(zip(tokens, want)):
+            best = int(row.argmax())
+            if best == token:
+                continue
+            gap, step = (row[best] - row[token]).item(), bf16_step(row[best].item())
+            summary["places"].append(dict(
+                prompt=name, token=i, float32=best, tandem=token, gap=gap, bf16_step=step, tie=gap <= step,
+                float32_logits=[row[best].item(), row[token].item()],
+                tandem_logits=[got[i][best].item(), got[i][token].item()],
+            ))
+    return summary
+
+
+def print_smollm2(summary):
+    s = summary
+    print(f"smollm2 on {s['ranks']}: {s['equal_to_golden']} of {s['prompts']} answers equal float32's, "
+          f"{len(s['places'])} of {s['tokens']} tokens differ from float32's choice")
+    for p in s["places"]:
+        f, t = p["float32_logits"], p["tandem_logits"]
+        print(f"  {p['prompt']} token {p['token']}: {p['tandem']} for {p['float32']}; float32 {f[0]:.4f} {f[1]:.4f}, "
+              f"tandem {t[0]:.4f} {t[1]:.4f}; bf16 step {p['bf16_step']:.4f}: {'a tie' if p['tie'] else 'NO TIE'}")
+    for error in s["errors"]:
+        print(f"  FAILED {error}")
+
+
+def print_table(runs, left_out):
+    print(f"{'shape':14} {'vocab':>6} {'prompt':>6} {'ranks':>5} {'tandem':>9} {'bf16':>9} {'ratio':>6}  same tokens")
+    for r in runs:
+        line = f"{r['shape']:14} {r['vocab']:6} {r['prompt']:6} {r['ranks']:5} "
+        if "ratio" in r:
+            line += f"{r['tandem_error']:9.2e} {r['bf16_error']:9.2e} {r['ratio']:6.3f}  {'yes' if r['identical'] else 'NO'}"
+        if r["error"]:
+            line += f" FAILED {r['error']}"
+        print(line + ("" if passes(r) else "  <<<"))
+    if left_out:
+        print("not run for want of time:", ", ".join(left_out))
+    ratios = [r["ratio"] for r in runs if "ratio" in r]
+    if ratios:
+        print(f"worst ratio {max(ratios):.3f} of {BAR} allowed; {sum(map(passes, runs))} of {len(runs)} runs pass")
+
+
+def main():
+    args = arguments()
+    start = time.monotonic()
+    until = start + args.max_seconds
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    logging.disable_progress_bar()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work = Path(tempfile.mkdtemp(prefix="tandem-numerics-", dir=args.work))
+    runs, left_out, smollm2 = [], [], []
+
+    def save():
+        report = dict(bar=BAR, runs=runs, not_run=left_out, smollm2=smollm2, seconds=time.monotonic() - start)
+        (args.out / "numerics.json").write_text(json.dumps(report, indent=1))
+
+    for ranks in args.ranks if args.smollm2 else []:
+        smollm2.append(check_smollm2(args, ranks))
+    for shape in args.shapes:
+        if time.monotonic() > until:
+            left_out += [f"{shape} on {ranks}" for ranks in args.ranks]
+            continue
+        now = time.monotonic()
+        done, rest = check_shape(args, shape, until)
+        runs += done
+        left_out += rest
+        save()
+        print(f"{shape}: {time.monotonic() - now:.1f} s", file=sys.stderr, flush=True)
+    save()
+    shutil.rmtree(args.work)
+    print_table(runs, left_out)
+    for summary in smollm2:
+        print_smollm2(summary)
+    ties = all(not s["errors"] and all(p["tie"] for p in s["places"]) for s in smollm2)
+    sys.exit(0 if all(map(passes, runs)) and ties else 1)
+
+
+if __name__ == "__main__":
+    main()
