@@ -35,6 +35,9 @@ const ALIGN: usize = 256;
 /// Bytes of one of the two slots of pinned memory.
 pub const SLOT: usize = 64 << 20;
 
+/// Bytes of host memory that are filled together: large enough that starting threads costs nothing.
+const HOST_BATCH: usize = 1 << 30;
+
 /// All weights of a rank.
 pub struct Loaded {
     /// Keeps what is on the device.
@@ -193,23 +196,31 @@ impl Loader<'_> {
             .sum();
         let mut memory = LockedMemory::map(bytes)?;
         let mut rest = memory.as_mut_slice();
+        let (mut pieces, mut places, mut batched) = (Vec::new(), Vec::new(), 0);
         for region in regions {
             let (mut mine, later) =
                 std::mem::take(&mut rest).split_at_mut(region.bytes().next_multiple_of(align));
             rest = later;
             let rows = rows_of_a_slot(region);
-            let mut row = 0;
-            while row < region.rows() {
-                let end = (row + rows).min(region.rows());
-                let piece = region.piece(row..end);
+            for row in (0..region.rows()).step_by(rows) {
+                let piece = region.piece(row..(row + rows).min(region.rows()));
                 let (place, later) = std::mem::take(&mut mine).split_at_mut(piece.bytes());
                 mine = later;
-                self.read(&[piece], vec![place])?;
-                row = end;
+                // What is repacked takes scratch memory on its way.
+                batched += piece.bytes() * if piece.is_direct() { 1 } else { 16 };
+                pieces.push(piece);
+                places.push(place);
+                if batched >= HOST_BATCH {
+                    self.read(&pieces, std::mem::take(&mut places))?;
+                    (pieces, batched) = (Vec::new(), 0);
+                }
             }
         }
+        self.read(&pieces, places)?;
         // Locking comes last: by then all threads together have touched the pages, which one thread alone would take long for.
+        let start = Instant::now();
         memory.lock(driver)?;
+        tracing::debug!("locked {bytes} bytes in {:.2?}", start.elapsed());
         Ok(memory)
     }
 

@@ -163,6 +163,11 @@ impl Piece {
         self.bytes
     }
 
+    /// Whether it is read right where it will lie.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
     /// Rounds and spreads what was read into place.
     fn repack(&self, read: &[u8], to: &mut [u8]) {
         let (size, device_cols) = (self.matrix.dtype.size(), self.layout.device_cols());
