@@ -25,11 +25,21 @@ pub trait Step {
     /// # Errors
     /// A plan that does not fit what this rank knows, or a failure of the backend.
     fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>>;
+
+    /// The orderly end, on every rank alike; no step follows.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    fn finish(&mut self) -> Result<()>;
 }
 
 impl<B: Backend> Step for Replica<B> {
     fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>> {
         Replica::step(self, plan)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Replica::finish(self)
     }
 }
 
@@ -84,12 +94,13 @@ impl<'a> Engine<'a> {
         Ok(self.scheduler.record(&sampled))
     }
 
-    /// Tells the other ranks that there is no more work.
+    /// Tells the other ranks that there is no more work, and comes to an end with them.
     ///
     /// # Errors
     /// A rank that is gone already.
     pub fn finish(self) -> Result<()> {
-        self.tell(&Command::Finish)
+        self.tell(&Command::Finish)?;
+        self.replica.finish()
     }
 
     /// Longest sequence, prompt and answer together.
@@ -118,7 +129,7 @@ pub fn serve(replica: &mut dyn Step, group: &Group) -> Result<()> {
             .map_err(|e| Error::failed(format!("message from rank 0: {e}")))?;
         match command {
             Command::Step(plan) => drop(replica.step(&plan)?),
-            Command::Finish => return Ok(()),
+            Command::Finish => return replica.finish(),
         }
     }
 }

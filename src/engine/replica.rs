@@ -93,6 +93,14 @@ impl<B: Backend> Replica<B> {
         self.sample(&finishing)
     }
 
+    /// The orderly end, on every rank alike; no step follows.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn finish(&mut self) -> Result<()> {
+        self.backend.finish()
+    }
+
     /// Runs one batch as it is and returns its logits, `[S, vocab]`; for tests and measurements.
     ///
     /// # Errors

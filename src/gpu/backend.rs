@@ -454,11 +454,20 @@ impl Backend for GpuBackend {
     fn read_logits<'a>(&'a mut self, logits: &'a GpuBuf) -> Result<&'a [f32]> {
         self.gathered_logits(logits)
     }
+
+    fn finish(&mut self) -> Result<()> {
+        self.comm.synchronize(self.stream)?;
+        self.driver.synchronize_device()?;
+        self.graphs.clear();
+        self.comm.finish()
+    }
 }
 
 impl Drop for GpuBackend {
     fn drop(&mut self) {
-        // A collective that waits for a rank that is gone would never end by itself.
+        self.graphs.clear();
+        // Without [`Backend::finish`] something has failed, here or elsewhere: a collective that waits for a rank that is
+        // gone would never end by itself.
         self.comm.abandon();
         // Nothing may be running in memory that is about to be returned; an error was reported when it happened.
         if let Err(e) = self.driver.synchronize_device() {

@@ -94,6 +94,18 @@ impl Graphs {
         Ok(())
     }
 
+    /// Forgets every graph. NCCL ends a communicator only when no graph holds its work any more: with graphs left,
+    /// its end never comes.
+    pub fn clear(&mut self) {
+        for (_, known) in self.known.drain() {
+            if let Known::Recorded(graph) = known
+                && let Err(e) = self.driver.destroy_graph(graph)
+            {
+                tracing::debug!("{e}");
+            }
+        }
+    }
+
     /// How many graphs have been recorded.
     pub fn recorded(&self) -> usize {
         let recorded = |k: &&Known| matches!(k, Known::Recorded(_));
@@ -103,12 +115,6 @@ impl Graphs {
 
 impl Drop for Graphs {
     fn drop(&mut self) {
-        for known in self.known.values() {
-            if let Known::Recorded(graph) = known
-                && let Err(e) = self.driver.destroy_graph(*graph)
-            {
-                tracing::debug!("{e}");
-            }
-        }
+        self.clear();
     }
 }

@@ -28,6 +28,8 @@ struct Api {
     version: unsafe extern "C" fn(*mut c_int) -> Status,
     unique_id: unsafe extern "C" fn(*mut RawId) -> Status,
     init_rank: unsafe extern "C" fn(*mut Comm, c_int, RawId, c_int) -> Status,
+    finalize: unsafe extern "C" fn(Comm) -> Status,
+    destroy: unsafe extern "C" fn(Comm) -> Status,
     abort: unsafe extern "C" fn(Comm) -> Status,
     async_error: unsafe extern "C" fn(Comm, *mut Status) -> Status,
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
@@ -57,6 +59,8 @@ impl Library {
                 version: symbol(lib, what, "ncclGetVersion")?,
                 unique_id: symbol(lib, what, "ncclGetUniqueId")?,
                 init_rank: symbol(lib, what, "ncclCommInitRank")?,
+                finalize: symbol(lib, what, "ncclCommFinalize")?,
+                destroy: symbol(lib, what, "ncclCommDestroy")?,
                 abort: symbol(lib, what, "ncclCommAbort")?,
                 async_error: symbol(lib, what, "ncclCommGetAsyncError")?,
                 error_string: symbol(lib, what, "ncclGetErrorString")?,
@@ -203,6 +207,20 @@ impl DeviceCollective for Nccl {
             std::hint::spin_loop();
         }
         Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let comm = std::mem::replace(&mut self.comm, std::ptr::null_mut());
+        if comm.is_null() {
+            return Ok(());
+        }
+        let api = &self.library.api;
+        // SAFETY: a live communicator, given up here; both calls are made on every rank.
+        unsafe {
+            self.library
+                .check("ncclCommFinalize", (api.finalize)(comm))?;
+            self.library.check("ncclCommDestroy", (api.destroy)(comm))
+        }
     }
 
     fn abandon(&mut self) {

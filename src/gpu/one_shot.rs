@@ -26,9 +26,11 @@ pub struct OneShot {
     size: usize,
     hidden: usize,
     timeout_ms: u32,
-    /// Keeps this rank's inbox.
-    _inbox: DeviceBuffer,
+    /// This rank's inbox, until every rank has ended its mapping of it.
+    inbox: Option<DeviceBuffer>,
     imported: Vec<DevicePtr>,
+    /// The ranks' way past the device.
+    ranks: Box<dyn HostCollective>,
     /// Where every rank's inbox is for this device.
     table: DeviceBuffer,
     epochs: DeviceBuffer,
@@ -50,7 +52,7 @@ impl OneShot {
     pub fn over(
         beneath: Box<dyn DeviceCollective>,
         driver: &Arc<dyn Driver>,
-        ranks: &mut dyn HostCollective,
+        mut ranks: Box<dyn HostCollective>,
         hidden: usize,
         timeout_ms: u32,
         stream: Stream,
@@ -68,7 +70,7 @@ impl OneShot {
         driver.synchronize(stream)?;
 
         let exported = driver.export(inbox.ptr());
-        let offers = Offer::exchange(exported.as_ref().ok(), ranks)?;
+        let offers = Offer::exchange(exported.as_ref().ok(), &mut *ranks)?;
         let one_host = offers.iter().all(|o| o.host == offers[0].host);
         let mut problem = match (&exported, one_host) {
             (Err(e), _) => Some(e.clone()),
@@ -92,9 +94,11 @@ impl OneShot {
             }
         }
         // All or none: the ranks have to take the same way.
-        let agreed = ranks_agree(ranks, pointers.len() == size)?;
+        let agreed = ranks_agree(&mut *ranks, pointers.len() == size)?;
         if !agreed {
             close(driver, &imported);
+            // Nobody may return memory that another still maps.
+            ranks_agree(&mut *ranks, true)?;
             if rank == 0 {
                 let why = problem.map_or_else(|| "another rank cannot".into(), |e| e.to_string());
                 tracing::warn!(
@@ -113,7 +117,7 @@ impl OneShot {
         let lost = PinnedBuffer::new(driver, 4, Pinned::Cached, "all-reduce status")?;
         let kernel = driver.function(&kernels::ALL_REDUCE, "all_reduce_add_rms_norm")?;
         let driver = driver.clone();
-        let _inbox = inbox;
+        let inbox = Some(inbox);
         Ok(Box::new(OneShot {
             beneath,
             driver,
@@ -122,8 +126,9 @@ impl OneShot {
             size,
             hidden,
             timeout_ms,
-            _inbox,
+            inbox,
             imported,
+            ranks,
             table,
             epochs,
             lost,
@@ -204,6 +209,14 @@ impl DeviceCollective for OneShot {
         done
     }
 
+    fn finish(&mut self) -> Result<()> {
+        close(&self.driver, &std::mem::take(&mut self.imported));
+        // CUDA leaves open what becomes of memory that is returned while another process maps it.
+        ranks_agree(&mut *self.ranks, true)?;
+        self.inbox = None;
+        self.beneath.finish()
+    }
+
     fn abandon(&mut self) {
         self.beneath.abandon();
     }
@@ -212,6 +225,8 @@ impl DeviceCollective for OneShot {
 impl Drop for OneShot {
     fn drop(&mut self) {
         close(&self.driver, &self.imported);
+        // The other ranks' mappings are not known to have ended: the inbox goes with the process.
+        std::mem::forget(self.inbox.take());
     }
 }
 

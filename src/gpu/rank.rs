@@ -74,14 +74,7 @@ impl Parts {
         let ids = exchange_bytes(&mut *ranks, &mine)?;
         let id = UniqueId(std::array::from_fn(|i| ids[i]));
         let nccl = Nccl::join(library, id, ranks.rank(), ranks.size(), driver.clone())?;
-        let comm = OneShot::over(
-            Box::new(nccl),
-            &driver,
-            &mut *ranks,
-            hidden,
-            TIMEOUT_MS,
-            stream,
-        )?;
+        let comm = OneShot::over(Box::new(nccl), &driver, ranks, hidden, TIMEOUT_MS, stream)?;
         Ok(Parts {
             driver,
             gemm,
@@ -100,24 +93,16 @@ impl Parts {
         ranks: Option<Box<dyn HostCollective>>,
         hidden: usize,
     ) -> Result<Parts> {
-        use std::sync::{Mutex, PoisonError};
+        use super::collective::{HostRanks, Shared};
         let driver: Arc<dyn Driver> = device.clone();
         let stream = driver.create_stream()?;
         let comm: Box<dyn DeviceCollective> = match ranks {
             None => Box::new(Solo(driver.clone())),
             Some(ranks) => {
-                let ranks = Arc::new(Mutex::new(ranks));
-                let host = super::collective::HostRanks::new(device.clone(), ranks.clone());
-                let mut ranks = ranks.lock().unwrap_or_else(PoisonError::into_inner);
+                let ranks = Shared::new(ranks);
+                let host = Box::new(HostRanks::new(device.clone(), ranks.clone()));
                 let timeout_ms = device.patience().as_millis() as u32;
-                OneShot::over(
-                    Box::new(host),
-                    &driver,
-                    &mut **ranks,
-                    hidden,
-                    timeout_ms,
-                    stream,
-                )?
+                OneShot::over(host, &driver, Box::new(ranks), hidden, timeout_ms, stream)?
             }
         };
         let gemm = Box::new(super::gemm::HostGemm(device.clone()));

@@ -160,4 +160,9 @@ pub trait Backend {
     }
     /// The logits on the host, `[S, vocab]`.
     fn read_logits<'a>(&'a mut self, logits: &'a Self::Buf) -> Result<&'a [f32]>;
+    /// The orderly end, on every rank alike and before the backend is dropped; no step follows. A backend dropped without
+    /// it gives up whatever still waits for another rank.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 }

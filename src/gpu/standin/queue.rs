@@ -282,6 +282,11 @@ impl Queues {
         self.enqueue(stream, Op::Graph { nodes, done })
     }
 
+    /// How many graphs there are.
+    pub fn graphs(&self) -> usize {
+        self.graphs.len()
+    }
+
     /// Milliseconds between two completed events.
     pub fn elapsed_ms(&self, from: u64, to: u64) -> Result<f32> {
         let at = |event| {

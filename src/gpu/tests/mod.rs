@@ -1,6 +1,7 @@
 //! The whole GPU path against golden files: what transformers computes in float32 for tiny models.
 
 mod against_cpu;
+mod ending;
 mod on_gpu;
 
 use super::standin::{Edit, Options, Standin};
