@@ -77,11 +77,13 @@ pub trait DeviceCollective: Send {
         Ok(false)
     }
 
-    /// Waits until the stream's work is done; a rank that is lost meanwhile ends the wait.
+    /// Whether all ranks are still there, as far as is known: asked while waiting for work that may need them.
     ///
     /// # Errors
-    /// A lost rank, a lost device.
-    fn synchronize(&mut self, stream: Stream) -> Result<()>;
+    /// A lost rank.
+    fn check(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// The orderly end, on every rank alike: all work is done, no recorded work is left, and nothing is exchanged
     /// afterwards. Memory that other ranks map is returned when all of them have ended their mappings.
@@ -120,10 +122,6 @@ impl DeviceCollective for Solo {
             self.0
                 .copy(out, local, counts.iter().sum::<usize>() * 4, stream)
         }
-    }
-
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        self.0.synchronize(stream)
     }
 }
 
@@ -231,10 +229,6 @@ impl DeviceCollective for HostRanks {
         };
         self.device
             .enqueue_host("all-gather", std::sync::Arc::new(work), stream)
-    }
-
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        super::Driver::synchronize(&*self.device, stream)
     }
 
     fn finish(&mut self) -> Result<()> {

@@ -37,6 +37,10 @@ pub struct Kernels {
     pub gather_rows: Function,
     /// `sample.cu`
     pub sample_partial: Function,
+    /// `sample.cu`
+    pub sample_join: Function,
+    /// `sample.cu`
+    pub sample_reduce: Function,
     /// `attention_prefill.cu`
     pub attention_prefill: Function,
     /// `attention_decode.cu`
@@ -66,6 +70,8 @@ impl Kernels {
             silu_mul: get(&kernels::ACTIVATION, "silu_mul")?,
             gather_rows: get(&kernels::ACTIVATION, "gather_rows")?,
             sample_partial: get(&kernels::SAMPLE, "sample_partial")?,
+            sample_join: get(&kernels::SAMPLE, "sample_join")?,
+            sample_reduce: get(&kernels::SAMPLE, "sample_reduce")?,
             attention_prefill: by_width(&kernels::ATTENTION_PREFILL, "attention_prefill")?,
             attention_decode: by_width(&kernels::ATTENTION_DECODE, "attention_decode")?,
             attention_combine: by_width(&kernels::ATTENTION_DECODE, "attention_combine")?,

@@ -185,6 +185,14 @@ impl OwnedEvent {
         self.driver.record(self.event, stream)
     }
 
+    /// Whether it is complete; does not wait.
+    ///
+    /// # Errors
+    /// Those of the driver, or of the work before it.
+    pub fn is_complete(&self) -> Result<bool> {
+        self.driver.is_complete(self.event)
+    }
+
     /// The calling thread waits for it.
     ///
     /// # Errors

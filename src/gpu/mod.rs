@@ -27,6 +27,7 @@ mod sampling;
 #[cfg(test)]
 pub mod standin;
 mod step;
+mod warm;
 
 #[cfg(test)]
 mod tests;
@@ -35,4 +36,4 @@ pub use crate::model::Limits;
 pub use backend::{GpuBackend, GpuBuf, kv_bytes};
 pub use driver::Driver;
 pub use geometry::Geometry;
-pub use rank::{LoadedRank, Parts, build_kernels, load_rank};
+pub use rank::{Coming, LoadedRank, Parts, build_kernels, load_rank};

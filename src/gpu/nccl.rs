@@ -9,7 +9,6 @@ use super::libraries::{self, symbol};
 use crate::{Error, Result};
 use cudarc::nccl::sys;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::Arc;
 
 type Status = c_int;
 type Comm = *mut c_void;
@@ -113,7 +112,6 @@ impl Library {
 pub struct Nccl {
     library: Library,
     comm: Comm,
-    driver: Arc<dyn Driver>,
 }
 
 // SAFETY: a communicator may be used from any thread, one at a time.
@@ -129,7 +127,7 @@ impl Nccl {
         id: UniqueId,
         rank: usize,
         size: usize,
-        driver: Arc<dyn Driver>,
+        driver: &dyn Driver,
     ) -> Result<Nccl> {
         let mut comm = std::ptr::null_mut();
         // The library works in the thread's current context, which any call of the driver sets.
@@ -139,11 +137,7 @@ impl Nccl {
             (library.api.init_rank)(&mut comm, size as c_int, RawId(id.0), rank as c_int)
         };
         library.check("ncclCommInitRank", code)?;
-        Ok(Nccl {
-            library,
-            comm,
-            driver,
-        })
+        Ok(Nccl { library, comm })
     }
 }
 
@@ -196,17 +190,12 @@ impl DeviceCollective for Nccl {
         }
     }
 
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        // Spinning costs a core and saves the wake-up, which is a good part of a decode step.
-        while !self.driver.is_idle(stream)? {
-            let mut error = 0;
-            // SAFETY: an out-parameter and a live communicator.
-            let code = unsafe { (self.library.api.async_error)(self.comm, &mut error) };
-            self.library.check("ncclCommGetAsyncError", code)?;
-            self.library.check("another rank, seen by NCCL", error)?;
-            std::hint::spin_loop();
-        }
-        Ok(())
+    fn check(&mut self) -> Result<()> {
+        let mut error = 0;
+        // SAFETY: an out-parameter and a live communicator.
+        let code = unsafe { (self.library.api.async_error)(self.comm, &mut error) };
+        self.library.check("ncclCommGetAsyncError", code)?;
+        self.library.check("another rank, seen by NCCL", error)
     }
 
     fn finish(&mut self) -> Result<()> {

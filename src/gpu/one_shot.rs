@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Rows of a message; beyond, the library's ring moves fewer bytes.
 pub const MAX_ROWS: usize = 8;
+/// Words of one rank in a gather, at most.
+const GATHER_WORDS: usize = 512;
 /// The driver shares memory in whole pages of this.
 const PAGE: usize = 2 << 20;
 
@@ -21,7 +23,8 @@ const PAGE: usize = 2 << 20;
 pub struct OneShot {
     beneath: Box<dyn DeviceCollective>,
     driver: Arc<dyn Driver>,
-    kernel: Function,
+    all_reduce: Function,
+    all_gather: Function,
     rank: usize,
     size: usize,
     hidden: usize,
@@ -58,11 +61,11 @@ impl OneShot {
         stream: Stream,
     ) -> Result<Box<dyn DeviceCollective>> {
         let (rank, size) = (ranks.rank(), ranks.size());
-        // Two halves, and for each rank and row two words with their marks in 16 bytes.
-        let bytes = 2 * size * MAX_ROWS * (hidden / 4) * 16;
+        // Two halves, and for each rank two words with their marks in 16 bytes: rows of sums, then words of gathers.
+        let bytes = 16 * (gather_at(size, hidden) + 2 * size * GATHER_WORDS / 2);
         let inbox = DeviceBuffer::new(driver, bytes.next_multiple_of(PAGE), "all-reduce inbox")?;
         let table = DeviceBuffer::new(driver, size * 8, "all-reduce table")?;
-        let epochs = DeviceBuffer::new(driver, MAX_ROWS * 4, "all-reduce epochs")?;
+        let epochs = DeviceBuffer::new(driver, (MAX_ROWS + 1) * 4, "all-reduce epochs")?;
         for buffer in [&inbox, &epochs] {
             // SAFETY: inside the buffer, which outlives the stream's work.
             unsafe { driver.fill(buffer.ptr(), 0, buffer.bytes(), stream) }?;
@@ -115,13 +118,15 @@ impl OneShot {
         staging.upload(0..size * 8, &table, 0, stream)?;
         driver.synchronize(stream)?;
         let lost = PinnedBuffer::new(driver, 4, Pinned::Cached, "all-reduce status")?;
-        let kernel = driver.function(&kernels::ALL_REDUCE, "all_reduce_add_rms_norm")?;
+        let all_reduce = driver.function(&kernels::ALL_REDUCE, "all_reduce_add_rms_norm")?;
+        let all_gather = driver.function(&kernels::ALL_REDUCE, "all_gather_words")?;
         let driver = driver.clone();
         let inbox = Some(inbox);
         Ok(Box::new(OneShot {
             beneath,
             driver,
-            kernel,
+            all_reduce,
+            all_gather,
             rank,
             size,
             hidden,
@@ -149,6 +154,11 @@ impl OneShot {
     }
 }
 
+/// Where the gathers' part of an inbox begins, in units of 16 bytes.
+fn gather_at(size: usize, hidden: usize) -> usize {
+    2 * size * MAX_ROWS * (hidden / 4)
+}
+
 impl DeviceCollective for OneShot {
     fn name(&self) -> &'static str {
         "peer memory"
@@ -172,8 +182,27 @@ impl DeviceCollective for OneShot {
         out: DevicePtr,
         stream: Stream,
     ) -> Result<()> {
-        // SAFETY: passed on to the caller.
-        unsafe { self.beneath.all_gather(local, counts, out, stream) }
+        let n = counts.first().copied().unwrap_or(0);
+        if n > GATHER_WORDS || counts.iter().any(|&c| c != n) {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.beneath.all_gather(local, counts, out, stream) };
+        }
+        let args = args![
+            local,
+            out,
+            self.table.ptr(),
+            gather_at(self.size, self.hidden),
+            self.epochs.ptr().offset(MAX_ROWS * 4),
+            DevicePtr(self.lost.as_slice().as_ptr() as u64),
+            self.rank,
+            self.size,
+            GATHER_WORDS / 2,
+            n,
+            self.timeout_ms
+        ];
+        let launch = Launch::linear(1, 128);
+        // SAFETY: the parameters of all_reduce.cu; the buffers are the caller's and this value's own.
+        unsafe { self.driver.launch(self.all_gather, &launch, &args, stream) }
     }
 
     unsafe fn all_reduce_add_norm(&mut self, f: &FusedNorm, stream: Stream) -> Result<bool> {
@@ -199,14 +228,13 @@ impl DeviceCollective for OneShot {
         let threads = (f.hidden / 8).next_multiple_of(32).min(1024);
         let launch = Launch::linear(f.rows, threads as u32);
         // SAFETY: the parameters of all_reduce.cu; the buffers are the caller's and this value's own.
-        unsafe { self.driver.launch(self.kernel, &launch, &args, stream) }?;
+        unsafe { self.driver.launch(self.all_reduce, &launch, &args, stream) }?;
         Ok(true)
     }
 
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        let done = self.beneath.synchronize(stream);
+    fn check(&mut self) -> Result<()> {
         self.check_lost()?;
-        done
+        self.beneath.check()
     }
 
     fn finish(&mut self) -> Result<()> {

@@ -323,6 +323,14 @@ impl Queues {
         })
     }
 
+    /// Whether the event's last recording is complete.
+    pub fn is_complete(&self, event: u64) -> Result<bool> {
+        self.events
+            .get(&event)
+            .map(|e| e.completed >= e.recorded)
+            .ok_or_else(|| no("event", event))
+    }
+
     fn run_until(&mut self, on: &mut dyn Execute, reached: impl Fn(&Queues) -> bool) -> Result<()> {
         let mut idle_since = None;
         while !reached(self) {
