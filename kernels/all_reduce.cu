@@ -12,6 +12,12 @@
 //     worthless); *lost is otherwise left alone, and while it is not 0 no
 //     launch waits.
 //
+//   all_gather_words(local u32 [n_words], out u32 [n_ranks, n_words], inboxes, first, epoch u32 [1], lost, rank, n_ranks, max_pairs,
+//                    n_words, timeout_ms)
+//     out = every rank's local, in rank order; for the few words by which ranks agree on a token.
+//     grid 1, block any number of warps. n_words ≤ 2 · max_pairs. Its part of an inbox begins at MarkedWords `first`:
+//     [2][n_ranks][max_pairs], zeros at first as the rest; `epoch` is its own.
+//
 // How it works. Every rank writes its row into the inboxes of all others and then adds up what has come into its own. Two words
 // travel with two marks in one 16-byte store, so data carries its own "ready" flag and no fence or second trip is needed (NCCL's LL
 // protocol has the same idea). The mark is the row's epoch, which counts its launches, so a graph can be replayed. Two halves of
@@ -26,27 +32,27 @@
 #include "common.cuh"
 #include "rows.cuh"
 
-__device__ __forceinline__ Vec16 receive(const MarkedWords* from, u32 epoch, int sender, u64 timeout_ns, u32* lost) {
-    Vec16 data = zero16();
+// Two words of this epoch; zeros from a peer that is lost.
+__device__ __forceinline__ MarkedWords receive_pair(const MarkedWords* from, u32 epoch, int sender, u64 timeout_ns, u32* lost) {
     u64 begin = 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        MarkedWords m = load_marked(from + i);
-        while (m.first_mark != epoch || m.second_mark != epoch) {
-            u64 now = nanoseconds();
-            // Once a peer is lost nobody waits any more, so that the launches behind this one end at once.
-            if (begin == 0 && load(lost) != 0) return zero16();
-            if (begin == 0) begin = now;
-            if (now - begin > timeout_ns) {
-                store(lost, static_cast<u32>(sender + 1));
-                return zero16();
-            }
-            m = load_marked(from + i);
+    MarkedWords m = load_marked(from);
+    while (m.first_mark != epoch || m.second_mark != epoch) {
+        u64 now = nanoseconds();
+        // Once a peer is lost nobody waits any more, so that the launches behind this one end at once.
+        if (begin == 0 && load(lost) != 0) return MarkedWords{0, epoch, 0, epoch};
+        if (begin == 0) begin = now;
+        if (now - begin > timeout_ns) {
+            store(lost, static_cast<u32>(sender + 1));
+            return MarkedWords{0, epoch, 0, epoch};
         }
-        data.w[2 * i] = m.first;
-        data.w[2 * i + 1] = m.second;
+        m = load_marked(from);
     }
-    return data;
+    return m;
+}
+
+__device__ __forceinline__ Vec16 receive(const MarkedWords* from, u32 epoch, int sender, u64 timeout_ns, u32* lost) {
+    MarkedWords a = receive_pair(from, epoch, sender, timeout_ns, lost), b = receive_pair(from + 1, epoch, sender, timeout_ns, lost);
+    return Vec16{{a.first, a.second, b.first, b.second}};
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
@@ -98,4 +104,32 @@ extern "C" __global__ void __launch_bounds__(1024)
     if (threadIdx.x == 0) store(epochs + row, epoch);
 }
 
-KERNELS_IN_ORDER(all_reduce_add_rms_norm)
+extern "C" __global__ void __launch_bounds__(1024)
+    all_gather_words(const u32* local, u32* out, MarkedWords* const* inboxes, u32 first, u32* epochs, u32* lost, int rank, int n_ranks, int max_pairs,
+                     int n_words, u32 timeout_ms) {
+    const int threads = static_cast<int>(blockDim.x), pairs = div_up(n_words, 2);
+    const u64 timeout_ns = static_cast<u64>(timeout_ms) * 1000000u;
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const u32 epoch = load(epochs) + 1;
+    auto slot = [&](int to, int from) { return load(inboxes + to) + first + (static_cast<u64>(epoch & 1) * n_ranks + from) * max_pairs; };
+    for (int p = static_cast<int>(threadIdx.x); p < pairs; p += threads) {
+        u32 a = load(local + 2 * p), b = 2 * p + 1 < n_words ? load(local + 2 * p + 1) : 0;
+        for (int peer = 0; peer < n_ranks; ++peer)
+            if (peer != rank) store_marked(slot(peer, rank) + p, MarkedWords{a, epoch, b, epoch});
+        store(out + rank * n_words + 2 * p, a);
+        if (2 * p + 1 < n_words) store(out + rank * n_words + 2 * p + 1, b);
+    }
+    for (int p = static_cast<int>(threadIdx.x); p < pairs; p += threads) {
+        for (int from = 0; from < n_ranks; ++from) {
+            if (from == rank) continue;
+            MarkedWords m = receive_pair(slot(rank, from) + p, epoch, from, timeout_ns, lost);
+            store(out + from * n_words + 2 * p, m.first);
+            if (2 * p + 1 < n_words) store(out + from * n_words + 2 * p + 1, m.second);
+        }
+    }
+    __syncthreads();  // the last read of the epoch is over
+    if (threadIdx.x == 0) store(epochs, epoch);
+}
+
+KERNELS_IN_ORDER(all_reduce_add_rms_norm, all_gather_words)

@@ -1,21 +1,26 @@
 // Vocabulary-parallel embedding: the rows of this rank's part of the table, as f32; zeros for tokens of other ranks' rows, so
 // that the sum over ranks is the embedding.
 //
-//   embed(table bf16 [n_near, hidden], far_table bf16 [n_rows - n_near, hidden], tokens u32 [n_tokens], x f32 [n_tokens, hidden], hidden,
-//         first_row, n_near, n_rows)
+//   embed(table bf16 [n_near, hidden], far_table bf16 [n_rows - n_near, hidden], tokens u32 [n_tokens], chosen u32,
+//         x f32 [n_tokens, hidden], hidden, first_row, n_near, n_rows)
 //     The rows from n_near on may lie in pinned host memory.
-//     grid (n_tokens), block any number of warps (128). Token id t is row t - first_row of `table`.
+//     grid (n_tokens), block any number of warps (128). Token id t is row t - first_row of the tables; an entry of `tokens` with
+//     its highest bit set is a row of `chosen`, what the step before has sampled, which the host need not know yet.
 //     hidden % 8 == 0. Reads the named rows, writes all of x.
 //
 // Numerics: exact.
 #include "common.cuh"
 
-extern "C" __global__ void embed(const bf16* table, const bf16* far_table, const u32* tokens, float* x, int hidden, u32 first_row, u32 n_near,
-                                 u32 n_rows) {
+constexpr u32 CHOSEN = 0x80000000u;
+
+extern "C" __global__ void embed(const bf16* table, const bf16* far_table, const u32* tokens, const u32* chosen, float* x, int hidden, u32 first_row,
+                                 u32 n_near, u32 n_rows) {
     let_next_kernel_start();
     wait_for_previous_kernel();
+    u32 token = load(tokens + blockIdx.x);
+    if (token & CHOSEN) token = load(chosen + (token & ~CHOSEN));
     // Unsigned: a token below first_row wraps to a number above n_rows.
-    u32 row = load(tokens + blockIdx.x) - first_row;
+    u32 row = token - first_row;
     bool here = row < n_rows;
     const bf16* from = row < n_near ? table + static_cast<u64>(row) * hidden : far_table + static_cast<u64>(here ? row - n_near : 0) * hidden;
     float* to = x + static_cast<u64>(blockIdx.x) * hidden;

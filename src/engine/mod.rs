@@ -2,6 +2,10 @@
 //!
 //! [`Scheduler`] decides on rank 0 what the next step computes; [`StepPlan`] is that decision, sent to all ranks;
 //! [`Replica`] carries it out on each of them and samples the same tokens everywhere; [`Engine`] ties them together.
+//!
+//! Where the device chooses the tokens itself, the host is one step ahead: a step is begun before the tokens of the one in
+//! front are known, so that the device never waits for the host. Every rank begins the same steps in the same order; when it
+//! collects their tokens is its own affair.
 
 mod protocol;
 mod replica;
@@ -20,21 +24,45 @@ use protocol::Command;
 
 /// What carries out a step: a [`Replica`] over any backend.
 pub trait Step {
-    /// Carries out one step and returns a token for each sequence whose known tokens are now all computed.
+    /// Begins a step. Whether it is under way: then the next may be begun before its tokens are collected, though no
+    /// third one. Otherwise it is done.
     ///
     /// # Errors
     /// A plan that does not fit what this rank knows, or a failure of the backend.
-    fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>>;
+    fn submit(&mut self, plan: &StepPlan) -> Result<bool>;
+
+    /// Waits for the oldest step not yet collected; a token for each sequence whose known tokens were then all computed.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    fn collect(&mut self) -> Result<Vec<Sampled>>;
+
+    /// The orderly end, on every rank alike; no step follows.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    fn finish(&mut self) -> Result<()>;
+
     /// Has every row of logits that a token is chosen from kept from now on; on all ranks or on none, since fetching
     /// them is a collective. For measurements of accuracy.
-    fn keep_logits(&mut self);
+    fn keep_logits(&mut self) {}
     /// The rows kept so far, `[tokens, vocab]`, in the order of choice.
-    fn kept_logits(&self) -> &[f32];
+    fn kept_logits(&self) -> &[f32] {
+        &[]
+    }
 }
 
 impl<B: Backend> Step for Replica<B> {
-    fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>> {
-        Replica::step(self, plan)
+    fn submit(&mut self, plan: &StepPlan) -> Result<bool> {
+        Replica::submit(self, plan)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>> {
+        Replica::collect(self)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Replica::finish(self)
     }
     fn keep_logits(&mut self) {
         Replica::keep_logits(self);
@@ -49,6 +77,8 @@ pub struct Engine<'a> {
     scheduler: Scheduler,
     replica: &'a mut dyn Step,
     group: &'a Group,
+    /// Steps begun and not yet collected.
+    begun: usize,
 }
 
 impl<'a> Engine<'a> {
@@ -58,6 +88,7 @@ impl<'a> Engine<'a> {
             scheduler,
             replica,
             group,
+            begun: 0,
         }
     }
 
@@ -79,28 +110,46 @@ impl<'a> Engine<'a> {
         self.scheduler.has_work()
     }
 
-    /// One step: schedule → forward → sample → emit.
+    /// One step: schedule → forward → sample → emit, the next step begun first where that is possible.
     ///
     /// # Errors
     /// A failure of the forward pass, here or on another rank.
     pub fn step(&mut self) -> Result<Vec<Event>> {
-        let plan = self.scheduler.next_step();
-        tracing::debug!(
-            "step: {} sequences, {} tokens",
-            plan.entries.len(),
-            plan.entries.iter().map(|e| e.n_tokens).sum::<u32>()
-        );
-        self.tell(&Command::Step(plan.clone()))?;
-        let sampled = self.replica.step(&plan)?;
-        Ok(self.scheduler.record(&sampled))
+        let mut ahead = false;
+        while self.begun < 2
+            && let Some(plan) = self.scheduler.next_step()
+        {
+            tracing::debug!(
+                "step: {} sequences, {} tokens",
+                plan.entries.len(),
+                plan.entries.iter().map(|e| e.n_tokens).sum::<u32>()
+            );
+            let command = Command::Step(plan);
+            self.tell(&command)?;
+            let Command::Step(plan) = command else { break };
+            self.begun += 1;
+            ahead = self.replica.submit(&plan)?;
+            if !ahead {
+                break;
+            }
+        }
+        let mut events = Vec::new();
+        let left = usize::from(ahead && self.begun == 2);
+        while self.begun > left {
+            self.begun -= 1;
+            let sampled = self.replica.collect()?;
+            events.extend(self.scheduler.record(&sampled));
+        }
+        Ok(events)
     }
 
-    /// Tells the other ranks that there is no more work.
+    /// Tells the other ranks that there is no more work, and comes to an end with them.
     ///
     /// # Errors
     /// A rank that is gone already.
     pub fn finish(self) -> Result<()> {
-        self.tell(&Command::Finish)
+        self.tell(&Command::Finish)?;
+        self.replica.finish()
     }
 
     /// The rows of logits kept so far, `[tokens, vocab]`; empty unless the session was told to keep them.
@@ -128,13 +177,21 @@ impl<'a> Engine<'a> {
 /// # Errors
 /// A failure of the forward pass, or rank 0 gone.
 pub fn serve(replica: &mut dyn Step, group: &Group) -> Result<()> {
+    let mut begun = 0;
     loop {
         let bytes = group.receive()?;
         let command = postcard::from_bytes(&bytes)
             .map_err(|e| Error::failed(format!("message from rank 0: {e}")))?;
         match command {
-            Command::Step(plan) => drop(replica.step(&plan)?),
-            Command::Finish => return Ok(()),
+            Command::Step(plan) => {
+                begun += 1;
+                let left = usize::from(replica.submit(&plan)?);
+                while begun > left {
+                    begun -= 1;
+                    replica.collect()?;
+                }
+            }
+            Command::Finish => return replica.finish(),
         }
     }
 }

@@ -2,9 +2,11 @@
 
 use super::protocol::{SeqId, StepPlan};
 use super::sampler::{Sampler, SamplingParams, log_sum_exp};
-use crate::model::{Activations, Backend, Batch, BatchSeq, BlockPool, Choice, Qwen, forward};
+use crate::model::{
+    Activations, Backend, Batch, BatchSeq, BlockPool, CHOSEN, Choice, Fetch, Qwen, forward,
+};
 use crate::{Error, Result};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 /// A token that a step produced.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,12 +21,48 @@ pub struct Sampled {
 
 #[derive(Debug)]
 struct Sequence {
-    /// Prompt and answer so far.
+    /// Prompt and answer so far, as far as the host knows them.
     tokens: Vec<u32>,
-    /// How many of them are in the KV cache.
+    /// How many of them are in the KV cache, or will be when the steps under way are done.
     computed: usize,
     blocks: Vec<u32>,
     sampling: SamplingParams,
+    /// The token that follows while only the device knows it.
+    awaited: Option<Awaited>,
+}
+
+/// A token that a step under way chooses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Awaited {
+    /// The number of the step.
+    step: u64,
+    /// Its row of logits.
+    row: u32,
+}
+
+impl Sequence {
+    /// Tokens that the next step may take, known or awaited.
+    fn len(&self) -> usize {
+        self.tokens.len() + usize::from(self.awaited.is_some())
+    }
+
+    /// Tokens `from..to`, an awaited one by the row that it comes from.
+    fn tokens(&self, from: usize, to: usize) -> impl Iterator<Item = u32> {
+        let known = &self.tokens[from.min(self.tokens.len())..to.min(self.tokens.len())];
+        let awaited = self.awaited.filter(|_| to > self.tokens.len());
+        known.iter().copied().chain(awaited.map(|a| CHOSEN | a.row))
+    }
+}
+
+/// A step that was begun and whose tokens were not collected.
+enum Begun {
+    /// The device chooses the tokens.
+    UnderWay {
+        step: u64,
+        finishing: Vec<SeqId>,
+        fetch: Fetch,
+    },
+    Done(Vec<Sampled>),
 }
 
 /// One rank's copy of the model and of every running sequence.
@@ -39,20 +77,24 @@ pub struct Replica<B: Backend> {
     batch: Batch,
     /// Every row of logits chosen from, where they are wanted.
     kept: Option<Vec<f32>>,
+    /// Oldest first.
+    begun: VecDeque<Begun>,
+    n_steps: u64,
 }
 
 impl<B: Backend> Replica<B> {
     /// `vocab_size` is the width of a row of logits, of which the first `n_tokens_known` belong to real tokens: rows
     /// that pad the vocabulary are never sampled.
     pub fn new(
-        backend: B,
+        mut backend: B,
         model: Qwen<B::Weight>,
         activations: Activations<B::Buf>,
         vocab_size: usize,
         n_tokens_known: usize,
     ) -> Self {
         let n_tokens_known = n_tokens_known.min(vocab_size);
-        let (sequences, sampler, batch) = Default::default();
+        backend.set_known_tokens(n_tokens_known);
+        let (sequences, sampler, batch, begun) = Default::default();
         Replica {
             backend,
             model,
@@ -63,6 +105,8 @@ impl<B: Backend> Replica<B> {
             sampler,
             batch,
             kept: None,
+            begun,
+            n_steps: 0,
         }
     }
 
@@ -76,11 +120,14 @@ impl<B: Backend> Replica<B> {
         self.kept.as_deref().unwrap_or_default()
     }
 
-    /// Carries out one step and returns a token for each sequence whose known tokens are now all computed.
+    /// Begins a step. Whether it is under way: then the next may be begun before its tokens are collected, though no
+    /// third one. Otherwise it is done.
     ///
     /// # Errors
     /// A plan that does not fit what this rank knows, or a failure of the backend.
-    pub fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>> {
+    pub fn submit(&mut self, plan: &StepPlan) -> Result<bool> {
+        // What is awaited comes from the step right before this one.
+        self.settle(1)?;
         for id in &plan.dropped {
             self.sequences.remove(id);
         }
@@ -90,20 +137,53 @@ impl<B: Backend> Replica<B> {
                 computed: 0,
                 blocks: new.blocks.clone(),
                 sampling: new.sampling.clone(),
+                awaited: None,
             };
             self.sequences.insert(new.id, sequence);
         }
         if plan.entries.is_empty() {
-            return Ok(Vec::new());
+            self.begun.push_back(Begun::Done(Vec::new()));
+            return Ok(false);
         }
         let finishing = self.make_batch(plan)?;
+        self.n_steps += 1;
         forward(
             &mut self.backend,
             &self.model,
             &mut self.activations,
             &self.batch,
         )?;
-        self.sample(&finishing)
+        if self.left_to_device(&finishing)
+            && let Some(fetch) = self.backend.fetch_choices()?
+        {
+            self.begun_on_device(finishing, fetch);
+            return Ok(true);
+        }
+        // The sampler looks at all the tokens before.
+        self.settle(0)?;
+        let sampled = self.sample(&finishing)?;
+        self.begun.push_back(Begun::Done(sampled));
+        Ok(false)
+    }
+
+    /// Waits for the oldest step not yet collected; a token for each sequence whose known tokens were then all computed.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn collect(&mut self) -> Result<Vec<Sampled>> {
+        self.settle(self.begun.len().saturating_sub(1))?;
+        match self.begun.pop_front() {
+            Some(Begun::Done(sampled)) => Ok(sampled),
+            _ => Err(Error::failed("internal error: no step was begun")),
+        }
+    }
+
+    /// The orderly end, on every rank alike; no step follows.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn finish(&mut self) -> Result<()> {
+        self.backend.finish()
     }
 
     /// Runs one batch as it is and returns its logits, `[S, vocab]`; for tests and measurements.
@@ -113,6 +193,54 @@ impl<B: Backend> Replica<B> {
     pub fn forward(&mut self, batch: &Batch) -> Result<&[f32]> {
         forward(&mut self.backend, &self.model, &mut self.activations, batch)?;
         self.backend.read_logits(&self.activations.logits)
+    }
+
+    /// Whether every token that a step produces is the plain argmax, which needs no host.
+    fn left_to_device(&self, finishing: &[SeqId]) -> bool {
+        let plain = |id| {
+            self.sequences
+                .get(id)
+                .is_none_or(|s| s.sampling.is_plain_argmax())
+        };
+        self.kept.is_none() && !finishing.is_empty() && finishing.iter().all(plain)
+    }
+
+    fn begun_on_device(&mut self, finishing: Vec<SeqId>, fetch: Fetch) {
+        let step = self.n_steps;
+        for (id, row) in finishing.iter().zip(0..) {
+            if let Some(s) = self.sequences.get_mut(id) {
+                s.awaited = Some(Awaited { step, row });
+            }
+        }
+        self.begun.push_back(Begun::UnderWay {
+            step,
+            finishing,
+            fetch,
+        });
+    }
+
+    /// Waits until at most the `keep` youngest steps are under way.
+    fn settle(&mut self, keep: usize) -> Result<()> {
+        for at in 0..self.begun.len().saturating_sub(keep) {
+            let begun = std::mem::replace(&mut self.begun[at], Begun::Done(Vec::new()));
+            self.begun[at] = match begun {
+                Begun::Done(_) => begun,
+                Begun::UnderWay {
+                    step,
+                    finishing,
+                    fetch,
+                } => {
+                    let choices = self.backend.choices(fetch)?;
+                    for id in &finishing {
+                        if let Some(s) = self.sequences.get_mut(id) {
+                            s.awaited = s.awaited.filter(|a| a.step != step);
+                        }
+                    }
+                    Begun::Done(self.take_in(&finishing, &choices)?)
+                }
+            };
+        }
+        Ok(())
     }
 
     /// Fills `self.batch`; returns the sequences whose last known token is in it.
@@ -129,14 +257,14 @@ impl<B: Backend> Replica<B> {
                 .ok_or_else(|| Error::failed(format!("step for unknown sequence {}", entry.id)))?;
             let (from, len) = (s.computed, entry.n_tokens as usize);
             let to = from + len;
-            if len == 0 || to > s.tokens.len() || BlockPool::blocks_for(to) > s.blocks.len() {
-                let have = s.tokens.len();
+            if len == 0 || to > s.len() || BlockPool::blocks_for(to) > s.blocks.len() {
+                let have = s.len();
                 return Err(Error::failed(format!(
                     "step asks for tokens {from}..{to} of {have} known"
                 )));
             }
             let start = batch.tokens.len();
-            batch.tokens.extend_from_slice(&s.tokens[from..to]);
+            batch.tokens.extend(s.tokens(from, to));
             batch.positions.extend(from as u32..to as u32);
             let blocks = s.blocks[..BlockPool::blocks_for(to)].to_vec();
             batch.seqs.push(BatchSeq {
@@ -146,7 +274,7 @@ impl<B: Backend> Replica<B> {
                 blocks,
             });
             s.computed = to;
-            if to == s.tokens.len() {
+            if to == s.len() {
                 batch.logit_rows.push((start + len - 1) as u32);
                 finishing.push(entry.id);
             }
@@ -154,46 +282,13 @@ impl<B: Backend> Replica<B> {
         Ok(finishing)
     }
 
+    /// Chooses on the host.
     fn sample(&mut self, finishing: &[SeqId]) -> Result<Vec<Sampled>> {
         if finishing.is_empty() {
             return Ok(Vec::new());
         }
-        let choices = self.choose(finishing)?;
-        let mut sampled = Vec::with_capacity(finishing.len());
-        for (&id, choice) in finishing.iter().zip(choices) {
-            if !choice.logit.is_finite() {
-                return Err(Error::failed(
-                    "the logits are not finite: the checkpoint's weights are damaged or overflow its precision",
-                ));
-            }
-            if let Some(s) = self.sequences.get_mut(&id) {
-                s.tokens.push(choice.token);
-            }
-            let logprob = (choice.logit as f64 - choice.log_sum_exp) as f32;
-            sampled.push(Sampled {
-                id,
-                token: choice.token,
-                logprob,
-            });
-        }
-        Ok(sampled)
-    }
-
-    /// A token for each of `finishing`: chosen where the logits are when all of them are plainly greedy, else here.
-    fn choose(&mut self, finishing: &[SeqId]) -> Result<Vec<Choice>> {
         let known = self.n_tokens_known;
         let sequences = &self.sequences;
-        let plain = |id| {
-            sequences
-                .get(id)
-                .is_none_or(|s| s.sampling.is_plain_argmax())
-        };
-        if self.kept.is_none()
-            && finishing.iter().all(plain)
-            && let Some(choices) = self.backend.most_likely(&self.activations.logits, known)?
-        {
-            return Ok(choices);
-        }
         let logits = self.backend.read_logits(&self.activations.logits)?;
         if let Some(kept) = &mut self.kept {
             kept.extend_from_slice(&logits[..finishing.len() * self.vocab_size]);
@@ -212,6 +307,31 @@ impl<B: Backend> Replica<B> {
                 log_sum_exp: log_sum_exp(choosable),
             }
         });
-        Ok(choices.collect())
+        let choices: Vec<Choice> = choices.collect();
+        self.take_in(finishing, &choices)
+    }
+
+    /// Appends what was chosen to the sequences that still run.
+    fn take_in(&mut self, finishing: &[SeqId], choices: &[Choice]) -> Result<Vec<Sampled>> {
+        let mut sampled = Vec::with_capacity(finishing.len());
+        for (&id, choice) in finishing.iter().zip(choices) {
+            // A sequence that ended while the step was under way has no use for its token.
+            let Some(s) = self.sequences.get_mut(&id) else {
+                continue;
+            };
+            if !choice.logit.is_finite() {
+                return Err(Error::failed(
+                    "the logits are not finite: the checkpoint's weights are damaged or overflow its precision",
+                ));
+            }
+            s.tokens.push(choice.token);
+            let logprob = (f64::from(choice.logit) - choice.log_sum_exp) as f32;
+            sampled.push(Sampled {
+                id,
+                token: choice.token,
+                logprob,
+            });
+        }
+        Ok(sampled)
     }
 }

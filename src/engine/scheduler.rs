@@ -55,6 +55,9 @@ struct Running {
     blocks: Vec<u32>,
     /// Prompt tokens already computed or planned.
     prefilled: usize,
+    /// Tokens that planned steps will have produced.
+    planned: usize,
+    /// Tokens known.
     generated: usize,
 }
 
@@ -137,20 +140,28 @@ impl Scheduler {
         !self.waiting.is_empty() || !self.running.is_empty()
     }
 
-    /// Decides the next step.
-    pub fn next_step(&mut self) -> StepPlan {
+    /// Decides the next step; `None` when there is nothing to compute.
+    ///
+    /// It may be asked for before the step before it is recorded. A sequence whose last token may come from that one takes
+    /// part all the same, and what the step makes of it is passed over should it have ended.
+    pub fn next_step(&mut self) -> Option<StepPlan> {
         let admitted = self.admit();
         let mut room = self.max_step_tokens;
         let mut entries = Vec::new();
         let in_prefill = |r: &Running| r.prefilled < r.request.prompt.len();
-        for r in self.running.iter().filter(|r| !in_prefill(r)) {
+        let wants_more = |r: &Running| !in_prefill(r) && r.planned < r.request.max_tokens;
+        for r in self.running.iter_mut().filter(|r| wants_more(r)) {
             entries.push(Entry {
                 id: r.id,
                 n_tokens: 1,
             });
+            r.planned += 1;
             room -= 1;
         }
-        for r in self.running.iter_mut().filter(|r| in_prefill(r)) {
+        for r in self.running.iter_mut() {
+            if !in_prefill(r) {
+                continue;
+            }
             let n = room.min(r.request.prompt.len() - r.prefilled);
             if n == 0 {
                 break;
@@ -160,13 +171,17 @@ impl Scheduler {
                 n_tokens: n as u32,
             });
             r.prefilled += n;
+            r.planned += usize::from(!in_prefill(r));
             room -= n;
         }
-        StepPlan {
+        if entries.is_empty() {
+            return None;
+        }
+        Some(StepPlan {
             dropped: std::mem::take(&mut self.dropped),
             admitted,
             entries,
-        }
+        })
     }
 
     /// Takes in what a step produced.
@@ -218,12 +233,15 @@ impl Scheduler {
                 request,
                 blocks,
                 prefilled: 0,
+                planned: 0,
                 generated: 0,
             });
         }
         admitted
     }
 
+    /// Its blocks may go to a sequence of a later step at once: steps run in the order in which they are planned, also
+    /// one that is under way and still has a token of this sequence.
     fn retire(&mut self, at: usize) {
         let r = self.running.remove(at);
         self.pool.give_back(r.blocks);
@@ -261,21 +279,21 @@ mod tests {
     fn decode_goes_first_and_prompts_fill_the_rest() {
         let mut s = Scheduler::new(100, 10, 4, 1000);
         let a = s.submit(request(4, 8)).unwrap();
-        assert_eq!(entries(&s.next_step()), [(a, 4)]);
+        assert_eq!(entries(&s.next_step().unwrap()), [(a, 4)]);
         s.record(&[token(a, 5)]);
         let b = s.submit(request(25, 2)).unwrap();
-        assert_eq!(entries(&s.next_step()), [(a, 1), (b, 9)]);
+        assert_eq!(entries(&s.next_step().unwrap()), [(a, 1), (b, 9)]);
         s.record(&[token(a, 5)]);
-        assert_eq!(entries(&s.next_step()), [(a, 1), (b, 9)]);
+        assert_eq!(entries(&s.next_step().unwrap()), [(a, 1), (b, 9)]);
         let last = s.record(&[token(a, 9)]);
         assert_eq!(last[0].finish, Some(FinishReason::Stop));
-        let plan = s.next_step();
+        let plan = s.next_step().unwrap();
         assert_eq!(
             (plan.dropped.clone(), entries(&plan)),
             (vec![a], vec![(b, 7)])
         );
         s.record(&[token(b, 5)]);
-        s.next_step();
+        s.next_step().unwrap();
         assert_eq!(
             s.record(&[token(b, 5)])[0].finish,
             Some(FinishReason::Length)
@@ -285,15 +303,38 @@ mod tests {
     }
 
     #[test]
+    fn a_step_may_be_planned_before_the_one_in_front_is_known() {
+        let mut s = Scheduler::new(100, 10, 4, 1000);
+        let (a, b) = (
+            s.submit(request(4, 2)).unwrap(),
+            s.submit(request(3, 5)).unwrap(),
+        );
+        assert_eq!(entries(&s.next_step().unwrap()), [(a, 4), (b, 3)]);
+        assert_eq!(entries(&s.next_step().unwrap()), [(a, 1), (b, 1)]);
+        // b stops in the first step; the second has a token of it all the same, which is nobody's.
+        assert_eq!(s.record(&[token(a, 5), token(b, 9)]).len(), 2);
+        assert_eq!(s.next_step(), None, "a has all its tokens planned");
+        let events = s.record(&[token(a, 6), token(b, 7)]);
+        assert_eq!(events.len(), 1);
+        assert_eq!(events[0].finish, Some(FinishReason::Length));
+        let c = s.submit(request(2, 1)).unwrap();
+        let plan = s.next_step().unwrap();
+        assert_eq!(
+            (plan.dropped.clone(), entries(&plan)),
+            (vec![b, a], vec![(c, 2)])
+        );
+    }
+
+    #[test]
     fn a_request_waits_until_all_its_blocks_are_free() {
         let mut s = Scheduler::new(4, 64, 4, 64);
         let a = s.submit(request(30, 10)).unwrap();
         let b = s.submit(request(20, 10)).unwrap();
-        assert_eq!(entries(&s.next_step()), [(a, 30)]);
+        assert_eq!(entries(&s.next_step().unwrap()), [(a, 30)]);
         s.record(&[token(a, 1)]);
-        assert_eq!(entries(&s.next_step()), [(a, 1)]);
+        assert_eq!(entries(&s.next_step().unwrap()), [(a, 1)]);
         s.cancel(a);
-        assert_eq!(entries(&s.next_step()), [(b, 20)]);
+        assert_eq!(entries(&s.next_step().unwrap()), [(b, 20)]);
     }
 
     #[test]

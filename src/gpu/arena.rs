@@ -25,7 +25,6 @@ impl StepBuffers {
         let (bf16, f32) = (2, 4);
         let logits = g.vocab.iter().sum::<usize>() * s * f32;
         let gathered = if g.vocab.len() > 1 { logits } else { 0 };
-        let all_parts: usize = g.vocab.iter().map(|&rows| sample_parts(rows)).sum();
         let parts = attention_parts(g, t, sm_count) * g.n_heads;
         let list = vec![
             ("x", t * g.hidden * f32),
@@ -48,8 +47,10 @@ impl StepBuffers {
             ("wanted", s * g.q_width().max(2 * g.hidden) * bf16),
             ("part", parts * g.padded_head_dim * f32),
             ("part_ml", parts * 2 * f32),
-            ("choices_local", 3 * s * sample_parts(g.vocab_local()) * 4),
-            ("choices", 3 * s * all_parts * 4),
+            ("sample_parts", 3 * s * sample_parts(g.vocab_local()) * 4),
+            ("sample_local", 3 * s * 4),
+            ("sample_ranks", 3 * s * g.vocab.len() * 4),
+            ("chosen", chosen_bytes(limits)),
             ("batch", batch_words(limits) * 4),
             ("workspace", workspace),
         ];
@@ -78,6 +79,11 @@ pub fn max_splits(g: &Geometry, sm_count: usize) -> usize {
 /// Parts in which `sample.cu` looks through a row of `n` logits.
 pub fn sample_parts(n: usize) -> usize {
     n.div_ceil(1024)
+}
+
+/// Token, logit and sum of exp(logit - that logit) of each row, as sampled: three arrays of 32-bit words, one for all rows of a step each.
+pub fn chosen_bytes(limits: &Limits) -> usize {
+    3 * limits.max_logit_rows * 4
 }
 
 /// Such parts of all sequences together that one decode step may have.

@@ -13,10 +13,11 @@ use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
 use super::offload::Offload;
 use super::products::{Form, GEMV_ROWS, Target};
 use super::rank::Parts;
+use super::sampling::Fetching;
 use super::step::Step;
 use crate::Result;
 use crate::config::ModelConfig;
-use crate::model::{Activations, Backend, Batch, Choice, KV_BLOCK, Layer};
+use crate::model::{Activations, Backend, Batch, Choice, Fetch, KV_BLOCK, Layer};
 use std::sync::Arc;
 
 /// A step buffer: rows of `cols` elements in the arena.
@@ -62,6 +63,13 @@ pub struct GpuBackend {
     /// The step's description on its way to the device.
     pub(super) staging: PinnedBuffer,
     pub(super) sent: OwnedEvent,
+    /// Behind all that the host waits for.
+    pub(super) done: OwnedEvent,
+    /// Only tokens below are chosen.
+    pub(super) n_known: usize,
+    /// Choices on their way to the host: those of one step while the next one runs.
+    pub(super) fetching: [Fetching; 2],
+    pub(super) turn: usize,
     pub(super) logits_host: PinnedBuffer,
     pub(super) logits: Vec<f32>,
 }
@@ -126,6 +134,13 @@ impl GpuBackend {
                 "step staging",
             )?,
             sent: OwnedEvent::new(&driver, false)?,
+            done: OwnedEvent::new(&driver, false)?,
+            n_known: config.vocab_size,
+            fetching: [
+                Fetching::new(&driver, &limits)?,
+                Fetching::new(&driver, &limits)?,
+            ],
+            turn: 0,
             logits_host: PinnedBuffer::new(
                 &driver,
                 n_logits * 4,
@@ -173,6 +188,14 @@ impl GpuBackend {
         unsafe { self.comm.all_reduce(x.ptr, n, element, self.stream) }
     }
 
+    /// Waits until everything enqueued is done; a rank that is lost meanwhile ends the wait.
+    pub(super) fn synchronize(&mut self) -> Result<()> {
+        self.done.record(self.stream)?;
+        let done = wait_for(&self.done, &mut *self.comm);
+        self.offload.as_ref().map_or(Ok(()), Offload::check)?;
+        done
+    }
+
     fn norm_launch(&self) -> Launch {
         let threads = (self.g.hidden / 8).next_multiple_of(32).min(1024);
         Launch::linear(self.rows, threads as u32)
@@ -189,6 +212,17 @@ impl GpuBackend {
         let k = self.cache.ptr().offset(2 * index * half);
         (k, k.offset(half))
     }
+}
+
+/// Waits for an event; a rank that is lost meanwhile ends the wait.
+pub(super) fn wait_for(event: &OwnedEvent, ranks: &mut dyn DeviceCollective) -> Result<()> {
+    // Spinning costs a core and saves the wake-up, which is a good part of a decode step.
+    while !event.is_complete()? {
+        ranks.check()?;
+        std::hint::spin_loop();
+    }
+    event.synchronize()?;
+    ranks.check()
 }
 
 /// Bytes of a rank's KV cache.
@@ -218,6 +252,13 @@ fn upload_inv_freq(
 impl Backend for GpuBackend {
     type Weight = GpuWeight;
     type Buf = GpuBuf;
+
+    fn set_known_tokens(&mut self, n: usize) {
+        if n != self.n_known {
+            self.n_known = n;
+            self.graphs.clear();
+        }
+    }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
         self.limits.check(batch)?;
@@ -254,6 +295,7 @@ impl Backend for GpuBackend {
             table.ptr,
             table.host_ptr,
             tokens,
+            self.arena.get("chosen"),
             x.ptr,
             g.hidden,
             g.first_row,
@@ -478,28 +520,45 @@ impl Backend for GpuBackend {
             ld: self.g.vocab_local(),
             form: Form::F32,
         };
-        self.product(h.ptr, head, self.rows, to)?;
+        self.product(h.ptr, head, self.rows, to)
+    }
+
+    fn choose(&mut self, _: &GpuBuf) -> Result<()> {
+        self.arg_max()?;
         if let Some(offload) = &mut self.offload
             && self.graphs.is_recording()
         {
             offload.end_recording()?;
         }
-        // Nothing of a forward pass comes after the logits.
+        // Nothing of a forward pass comes after it.
         self.graphs.end()
     }
 
-    fn most_likely(&mut self, _: &GpuBuf, n_known: usize) -> Result<Option<Vec<Choice>>> {
-        self.arg_max(n_known).map(Some)
+    fn fetch_choices(&mut self) -> Result<Option<Fetch>> {
+        self.start_fetch().map(Some)
+    }
+
+    fn choices(&mut self, fetch: Fetch) -> Result<Vec<Choice>> {
+        self.end_fetch(fetch)
     }
 
     fn read_logits<'a>(&'a mut self, logits: &'a GpuBuf) -> Result<&'a [f32]> {
         self.gathered_logits(logits)
     }
+
+    fn finish(&mut self) -> Result<()> {
+        self.synchronize()?;
+        self.driver.synchronize_device()?;
+        self.graphs.clear();
+        self.comm.finish()
+    }
 }
 
 impl Drop for GpuBackend {
     fn drop(&mut self) {
-        // A collective that waits for a rank that is gone would never end by itself.
+        self.graphs.clear();
+        // Without [`Backend::finish`] something has failed, here or elsewhere: a collective that waits for a rank that is
+        // gone would never end by itself.
         self.comm.abandon();
         // Nothing may be running in memory that is about to be returned; an error was reported when it happened.
         if let Err(e) = self.driver.synchronize_device() {

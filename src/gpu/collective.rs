@@ -77,11 +77,22 @@ pub trait DeviceCollective: Send {
         Ok(false)
     }
 
-    /// Waits until the stream's work is done; a rank that is lost meanwhile ends the wait.
+    /// Whether all ranks are still there, as far as is known: asked while waiting for work that may need them.
     ///
     /// # Errors
-    /// A lost rank, a lost device.
-    fn synchronize(&mut self, stream: Stream) -> Result<()>;
+    /// A lost rank.
+    fn check(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The orderly end, on every rank alike: all work is done, no recorded work is left, and nothing is exchanged
+    /// afterwards. Memory that other ranks map is returned when all of them have ended their mappings.
+    ///
+    /// # Errors
+    /// A lost rank, or those of the library.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Gives up whatever still waits for another rank; nothing is exchanged afterwards.
     fn abandon(&mut self) {}
@@ -112,9 +123,40 @@ impl DeviceCollective for Solo {
                 .copy(out, local, counts.iter().sum::<usize>() * 4, stream)
         }
     }
+}
 
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        self.0.synchronize(stream)
+/// A host collective with several users, who take turns.
+#[cfg(test)]
+#[derive(Clone)]
+pub struct Shared(std::sync::Arc<std::sync::Mutex<Box<dyn crate::comm::HostCollective>>>);
+
+#[cfg(test)]
+impl Shared {
+    /// Shares `comm`.
+    pub fn new(comm: Box<dyn crate::comm::HostCollective>) -> Shared {
+        Shared(std::sync::Arc::new(std::sync::Mutex::new(comm)))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Box<dyn crate::comm::HostCollective>> {
+        self.0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+impl crate::comm::HostCollective for Shared {
+    fn rank(&self) -> usize {
+        self.lock().rank()
+    }
+    fn size(&self) -> usize {
+        self.lock().size()
+    }
+    fn all_reduce(&mut self, x: &mut [f32]) -> Result<()> {
+        self.lock().all_reduce(x)
+    }
+    fn all_gather(&mut self, local: &[f32], counts: &[usize], out: &mut [f32]) -> Result<()> {
+        self.lock().all_gather(local, counts, out)
     }
 }
 
@@ -122,16 +164,13 @@ impl DeviceCollective for Solo {
 #[cfg(test)]
 pub struct HostRanks {
     device: std::sync::Arc<super::standin::Standin>,
-    comm: std::sync::Arc<std::sync::Mutex<Box<dyn crate::comm::HostCollective>>>,
+    comm: Shared,
 }
 
 #[cfg(test)]
 impl HostRanks {
     /// The collectives of `device` through `comm`.
-    pub fn new(
-        device: std::sync::Arc<super::standin::Standin>,
-        comm: std::sync::Arc<std::sync::Mutex<Box<dyn crate::comm::HostCollective>>>,
-    ) -> HostRanks {
+    pub fn new(device: std::sync::Arc<super::standin::Standin>, comm: Shared) -> HostRanks {
         HostRanks { device, comm }
     }
 }
@@ -160,9 +199,7 @@ impl DeviceCollective for HostRanks {
                     .map(bf16::to_f32)
                     .collect(),
             };
-            comm.lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                .all_reduce(&mut values)?;
+            comm.lock().all_reduce(&mut values)?;
             match element {
                 Element::F32 => memory.write(x.0, &values),
                 Element::Bf16 => memory.write(
@@ -184,9 +221,7 @@ impl DeviceCollective for HostRanks {
     ) -> Result<()> {
         let (comm, counts) = (self.comm.clone(), counts.to_vec());
         let work = move |memory: &mut super::standin::Memory| {
-            let mut comm = comm
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut comm = comm.lock();
             let mine = memory.read::<f32>(local.0, counts[comm.rank()])?;
             let mut all = vec![0.0; counts.iter().sum()];
             comm.all_gather(&mine, &counts, &mut all)?;
@@ -196,7 +231,13 @@ impl DeviceCollective for HostRanks {
             .enqueue_host("all-gather", std::sync::Arc::new(work), stream)
     }
 
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        super::Driver::synchronize(&*self.device, stream)
+    fn finish(&mut self) -> Result<()> {
+        // NCCL would wait for their end.
+        match self.device.graphs() {
+            0 => Ok(()),
+            n => Err(crate::Error::failed(format_args!(
+                "{n} graphs still hold the collective's work"
+            ))),
+        }
     }
 }

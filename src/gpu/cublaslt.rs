@@ -1,5 +1,9 @@
 //! Large products by cublasLt, each shape's plan made once. All calls into the library are in this file.
 //!
+//! Prompts have every length, and the library takes 10 to 20 ms to choose an algorithm for a shape and to load its code. So
+//! the choice is made for the next power of two of the rows and serves all row counts down to the one before; the start
+//! makes it for every such class (`warm.rs`).
+//!
 //! Types and constants are cudarc's; the functions are looked up here, because cudarc searches the library by names that
 //! a pip installation does not have.
 
@@ -19,6 +23,8 @@ const WORKSPACE: usize = 32 << 20;
 const TRANSPOSED: u32 = 1;
 
 type Status = u32;
+const INVALID_VALUE: Status = 7;
+const NOT_SUPPORTED: Status = 15;
 type Handle = *mut c_void;
 
 /// The functions of the library that are used.
@@ -65,11 +71,20 @@ struct Api {
     ) -> Status,
 }
 
-/// The opened library and the plans made so far.
+/// Rows of x, rows of w, columns of both, elements between rows of y, type of y.
+type Shape = (usize, usize, usize, usize, Out);
+
+/// The opened library, the plans made so far, and the algorithms by class of row counts.
 pub struct CublasLt {
     api: Api,
     handle: Handle,
-    plans: HashMap<(usize, usize, usize, usize, Out), Plan>,
+    plans: HashMap<Shape, Plan>,
+    algorithms: HashMap<Shape, sys::cublasLtMatmulAlgo_t>,
+}
+
+/// The row count whose algorithm serves `m` rows.
+fn class(m: usize) -> usize {
+    m.next_power_of_two().max(16)
 }
 
 // SAFETY: the library allows its handle and descriptors on any thread, one at a time.
@@ -78,11 +93,17 @@ unsafe impl Send for CublasLt {}
 /// All that a product of one shape needs; the descriptors live as long as the process.
 #[derive(Clone, Copy)]
 struct Plan {
+    shape: Descriptors,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// A product's types and sizes, in the library's terms.
+#[derive(Clone, Copy)]
+struct Descriptors {
     desc: Handle,
     w: Handle,
     x: Handle,
     y: Handle,
-    algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
 impl CublasLt {
@@ -114,15 +135,17 @@ impl CublasLt {
             api,
             handle,
             plans: HashMap::new(),
+            algorithms: HashMap::new(),
         })
     }
 
-    fn plan(&mut self, p: &Product) -> Result<Plan> {
+    /// The plan of a product, made when there is none; the algorithm is that of its class of row counts, or its own.
+    fn plan(&mut self, p: &Product, own: bool) -> Result<Plan> {
         let key = (p.m, p.n, p.k, p.ldy, p.out);
-        if let Some(plan) = self.plans.get(&key) {
+        if !own && let Some(plan) = self.plans.get(&key) {
             return Ok(*plan);
         }
-        let plan = self.make_plan(p).map_err(|e| {
+        let plan = self.make_plan(p, own).map_err(|e| {
             Error::failed(format_args!(
                 "{e} (product of {} x {} by {} x {})",
                 p.m, p.k, p.k, p.n
@@ -132,8 +155,23 @@ impl CublasLt {
         Ok(plan)
     }
 
+    fn make_plan(&mut self, p: &Product, own: bool) -> Result<Plan> {
+        let shape = self.describe(p)?;
+        let m = if own { p.m } else { class(p.m) };
+        let key = (m, p.n, p.k, p.ldy, p.out);
+        if !own && let Some(&algorithm) = self.algorithms.get(&key) {
+            return Ok(Plan { shape, algorithm });
+        }
+        let asked = self.describe(&Product { m, ..*p })?;
+        let algorithm = self.choose(&asked)?;
+        if !own {
+            self.algorithms.insert(key, algorithm);
+        }
+        Ok(Plan { shape, algorithm })
+    }
+
     /// The library is column-major: row-major y[m, n] is its yᵀ[n, m] = wᵀᵀ[n, k] · xᵀ[k, m].
-    fn make_plan(&self, p: &Product) -> Result<Plan> {
+    fn describe(&self, p: &Product) -> Result<Descriptors> {
         let bf16 = sys::cudaDataType_t::CUDA_R_16BF as u32;
         let out = if p.out == Out::F32 {
             sys::cudaDataType_t::CUDA_R_32F as u32
@@ -143,9 +181,6 @@ impl CublasLt {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F as u32;
         let scale = sys::cudaDataType_t::CUDA_R_32F as u32;
         let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA as u32;
-        let limit =
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
-                as u32;
         let (m, n, k) = (p.m as u64, p.n as u64, p.k as u64);
         let api = &self.api;
         let layout = |kind, rows: u64, cols: u64, ld: usize| -> Result<Handle> {
@@ -156,15 +191,7 @@ impl CublasLt {
         };
         let (w, x) = (layout(bf16, k, n, p.k)?, layout(bf16, k, m, p.k)?);
         let y = layout(out, n, m, p.ldy)?;
-        let (mut desc, mut preference) = (ptr::null_mut(), ptr::null_mut());
-        let mut found = Heuristic {
-            algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
-            workspaceSize: 0,
-            state: sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
-            wavesCount: 0.0,
-            reserved: [0; 4],
-        };
-        let mut n_found = 0;
+        let mut desc = ptr::null_mut();
         // SAFETY: out-parameters, live descriptors, attributes of the sizes that the library documents.
         unsafe {
             check(
@@ -178,6 +205,27 @@ impl CublasLt {
                 size_of::<u32>(),
             );
             check("cublasLtMatmulDescSetAttribute", set)?;
+        }
+        Ok(Descriptors { desc, w, x, y })
+    }
+
+    /// The library's best algorithm.
+    fn choose(&self, d: &Descriptors) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let limit =
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+                as u32;
+        let api = &self.api;
+        let mut preference = ptr::null_mut();
+        let mut found = Heuristic {
+            algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            workspaceSize: 0,
+            state: sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+            wavesCount: 0.0,
+            reserved: [0; 4],
+        };
+        let mut n_found = 0;
+        // SAFETY: out-parameters, live descriptors, attributes of the sizes that the library documents.
+        unsafe {
             check(
                 "cublasLtMatmulPreferenceCreate",
                 (api.preference_create)(&mut preference),
@@ -192,11 +240,11 @@ impl CublasLt {
             check("cublasLtMatmulPreferenceSetAttribute", set)?;
             let code = (api.heuristic)(
                 self.handle,
-                desc,
-                w,
-                x,
-                y,
-                y,
+                d.desc,
+                d.w,
+                d.x,
+                d.y,
+                d.y,
                 preference,
                 1,
                 &mut found,
@@ -209,13 +257,38 @@ impl CublasLt {
                 "cublasLt knows no algorithm for this product",
             ));
         }
-        Ok(Plan {
-            desc,
-            w,
-            x,
-            y,
-            algorithm: found.algo,
-        })
+        Ok(found.algo)
+    }
+
+    /// Enqueues a product; the library's status.
+    ///
+    /// # Safety
+    /// As for [`Gemm::matmul`].
+    unsafe fn run(&self, plan: &Plan, p: &Product, workspace: DevicePtr, stream: Stream) -> Status {
+        let (one, zero) = (1.0f32, 0.0f32);
+        let (one, zero) = (ptr::from_ref(&one).cast(), ptr::from_ref(&zero).cast());
+        let d = &plan.shape;
+        // SAFETY: scalars live across the call; matrices and workspace are the caller's; descriptors live for ever.
+        unsafe {
+            (self.api.matmul)(
+                self.handle,
+                d.desc,
+                one,
+                p.w.0,
+                d.w,
+                p.x.0,
+                d.x,
+                zero,
+                p.y.0,
+                d.y,
+                p.y.0,
+                d.y,
+                &plan.algorithm,
+                workspace.0,
+                WORKSPACE,
+                stream.0,
+            )
+        }
     }
 }
 
@@ -225,30 +298,15 @@ impl Gemm for CublasLt {
     }
 
     unsafe fn matmul(&mut self, p: &Product, workspace: DevicePtr, stream: Stream) -> Result<()> {
-        let plan = self.plan(p)?;
-        let (one, zero) = (1.0f32, 0.0f32);
-        let (one, zero) = (ptr::from_ref(&one).cast(), ptr::from_ref(&zero).cast());
-        // SAFETY: scalars live across the call; matrices and workspace are the caller's; descriptors live for ever.
-        let code = unsafe {
-            (self.api.matmul)(
-                self.handle,
-                plan.desc,
-                one,
-                p.w.0,
-                plan.w,
-                p.x.0,
-                plan.x,
-                zero,
-                p.y.0,
-                plan.y,
-                p.y.0,
-                plan.y,
-                &plan.algorithm,
-                workspace.0,
-                WORKSPACE,
-                stream.0,
-            )
-        };
+        let plan = self.plan(p, false)?;
+        // SAFETY: passed on to the caller.
+        let mut code = unsafe { self.run(&plan, p, workspace, stream) };
+        if matches!(code, INVALID_VALUE | NOT_SUPPORTED) {
+            // The class's algorithm does not take this row count; nothing was enqueued.
+            let plan = self.plan(p, true)?;
+            // SAFETY: passed on to the caller.
+            code = unsafe { self.run(&plan, p, workspace, stream) };
+        }
         check("cublasLtMatmul", code)
     }
 }
@@ -265,11 +323,11 @@ fn check(call: &str, code: Status) -> Result<()> {
         0 => return Ok(()),
         1 => "not initialized",
         3 => "out of memory",
-        7 => "invalid value",
+        INVALID_VALUE => "invalid value",
         8 => "the device's architecture is not supported",
         13 => "the GPU failed to run it",
         14 => "internal error",
-        15 => "not supported",
+        NOT_SUPPORTED => "not supported",
         _ => "unknown error",
     };
     Err(Error::failed(format_args!(

@@ -399,6 +399,15 @@ impl Driver for Cuda {
         })
     }
 
+    fn is_complete(&self, e: Event) -> Result<bool> {
+        self.enter()?;
+        // SAFETY: an event of this device's.
+        match unsafe { sys::cuEventQuery(event(e)) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => self.check("cuEventQuery", code).map(|()| true),
+        }
+    }
+
     fn synchronize_event(&self, e: Event) -> Result<()> {
         // SAFETY: an event of this device's.
         self.call("cuEventSynchronize", || unsafe {

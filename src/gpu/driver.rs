@@ -202,6 +202,8 @@ pub trait Driver: Send + Sync {
     fn record(&self, event: Event, stream: Stream) -> Result<()>;
     /// Later work on `stream` waits for what `event` last recorded.
     fn wait(&self, stream: Stream, event: Event) -> Result<()>;
+    /// Whether what `event` last recorded is done; does not wait.
+    fn is_complete(&self, event: Event) -> Result<bool>;
     /// The calling thread waits for what `event` last recorded.
     fn synchronize_event(&self, event: Event) -> Result<()>;
     /// Milliseconds on the device from one completed event to another.

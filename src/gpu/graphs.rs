@@ -1,13 +1,13 @@
 //! Decode steps as CUDA graphs: recorded once for each number of sequences, then launched as one piece of work.
 //!
 //! A launch from the host costs several microseconds and a decode step has hundreds; a graph's kernels follow each other
-//! within one. The first step of a kind runs as it is, so that libraries can set up what they need, the second is
-//! recorded, and from then on the forward pass only describes the step: its operations are in the graph already.
+//! within one. The first step of a number of sequences runs as it is, so that libraries can set up what they need, the next
+//! of each kind is recorded, and from then on the forward pass only describes the step: its operations are in the graph already.
 
 use super::driver::{Driver, Graph, Stream};
 use super::step::DecodeKey;
 use crate::Result;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// Beyond this many sequences launches no longer cost more than the work, and each graph takes memory.
@@ -23,17 +23,13 @@ enum Mode {
     Replayed,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Known {
-    Seen,
-    Recorded(Graph),
-}
-
 /// The graphs of one backend.
 pub struct Graphs {
     driver: Arc<dyn Driver>,
     stream: Stream,
-    known: HashMap<DecodeKey, Known>,
+    /// Numbers of sequences that have run once.
+    seen: HashSet<usize>,
+    recorded: HashMap<DecodeKey, Graph>,
     mode: Mode,
 }
 
@@ -43,7 +39,8 @@ impl Graphs {
         Graphs {
             driver: driver.clone(),
             stream,
-            known: HashMap::new(),
+            seen: HashSet::new(),
+            recorded: HashMap::new(),
             mode: Mode::Direct,
         }
     }
@@ -57,19 +54,13 @@ impl Graphs {
         let Some(key) = key.filter(|k| k.n_seqs() <= MAX_SEQS) else {
             return Ok(());
         };
-        match self.known.get(&key) {
-            None => {
-                self.known.insert(key, Known::Seen);
-            }
-            Some(Known::Seen) => {
-                self.driver.begin_capture(self.stream)?;
-                self.mode = Mode::Recording(key);
-            }
-            Some(&Known::Recorded(graph)) => {
-                // SAFETY: everything recorded lives in buffers that outlive the backend's stream.
-                unsafe { self.driver.launch_graph(graph, self.stream) }?;
-                self.mode = Mode::Replayed;
-            }
+        if let Some(&graph) = self.recorded.get(&key) {
+            // SAFETY: everything recorded lives in buffers that outlive the backend's stream.
+            unsafe { self.driver.launch_graph(graph, self.stream) }?;
+            self.mode = Mode::Replayed;
+        } else if !self.seen.insert(key.n_seqs()) {
+            self.driver.begin_capture(self.stream)?;
+            self.mode = Mode::Recording(key);
         }
         Ok(())
     }
@@ -92,28 +83,31 @@ impl Graphs {
         if let Mode::Recording(key) = self.mode {
             self.mode = Mode::Direct;
             let graph = self.driver.end_capture(self.stream)?;
-            self.known.insert(key, Known::Recorded(graph));
+            self.recorded.insert(key, graph);
             // SAFETY: as in `begin`.
             unsafe { self.driver.launch_graph(graph, self.stream) }?;
         }
         Ok(())
     }
 
+    /// Forgets every graph. NCCL ends a communicator only when no graph holds its work any more: with graphs left,
+    /// its end never comes.
+    pub fn clear(&mut self) {
+        for (_, graph) in self.recorded.drain() {
+            if let Err(e) = self.driver.destroy_graph(graph) {
+                tracing::debug!("{e}");
+            }
+        }
+    }
+
     /// How many graphs have been recorded.
     pub fn recorded(&self) -> usize {
-        let recorded = |k: &&Known| matches!(k, Known::Recorded(_));
-        self.known.values().filter(recorded).count()
+        self.recorded.len()
     }
 }
 
 impl Drop for Graphs {
     fn drop(&mut self) {
-        for known in self.known.values() {
-            if let Known::Recorded(graph) = known
-                && let Err(e) = self.driver.destroy_graph(*graph)
-            {
-                tracing::debug!("{e}");
-            }
-        }
+        self.clear();
     }
 }

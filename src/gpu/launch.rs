@@ -45,6 +45,10 @@ pub struct Kernels {
     pub take_back_f32: Function,
     /// `handover.cu`
     pub take_back_gated: Function,
+    /// `sample.cu`
+    pub sample_join: Function,
+    /// `sample.cu`
+    pub sample_reduce: Function,
     /// `attention_prefill.cu`
     pub attention_prefill: Function,
     /// `attention_decode.cu`
@@ -79,6 +83,8 @@ impl Kernels {
             take_back_f32: get(&kernels::HANDOVER, "take_back_f32")?,
             take_back_gated: get(&kernels::HANDOVER, "take_back_gated")?,
             sample_partial: get(&kernels::SAMPLE, "sample_partial")?,
+            sample_join: get(&kernels::SAMPLE, "sample_join")?,
+            sample_reduce: get(&kernels::SAMPLE, "sample_reduce")?,
             attention_prefill: by_width(&kernels::ATTENTION_PREFILL, "attention_prefill")?,
             attention_decode: by_width(&kernels::ATTENTION_DECODE, "attention_decode")?,
             attention_combine: by_width(&kernels::ATTENTION_DECODE, "attention_combine")?,

@@ -2,7 +2,7 @@
 //! which is locked afterwards, for what the plan leaves there.
 
 use super::driver::{DevicePtr, Driver, Pinned, Stream};
-use super::geometry::Geometry;
+use super::geometry::{Geometry, Layout};
 use super::memory::{DeviceBuffer, LockedMemory, OwnedEvent, PinnedBuffer};
 use super::offload::HostPart;
 use super::regions::{self, Piece, Region, is_gated};
@@ -73,14 +73,8 @@ pub fn load(
     // In the order in which a step needs them, in which what is elsewhere is brought.
     let mut matrices: Vec<&LocalMatrix> = matrices.iter().collect();
     matrices.sort_by_key(|m| !m.name.starts_with("layers."));
-    let mut cut = Vec::new();
-    for m in &matrices {
-        let layout = g.layout(&m.name, m.rows, m.cols);
-        let parts = Region::cut(m, layout, placement.of(&m.name).unwrap_or_default())?;
-        cut.push((parts, layout));
-    }
-    let resident = |c: &([Region; 3], _)| c.0[0].bytes().next_multiple_of(ALIGN);
-    let memory = DeviceBuffer::new(driver, cut.iter().map(resident).sum(), "weights")?;
+    let cut = cut_all(&matrices, g, placement)?;
+    let memory = DeviceBuffer::new(driver, on_device(&cut), "weights")?;
     let mut loader = Loader {
         source,
         threads,
@@ -129,6 +123,40 @@ pub fn load(
         host: (host_at > 0 || !parts.is_empty()).then_some((locked, parts)),
         stats: loader.stats,
     })
+}
+
+/// A matrix's three parts, and how it lies on the device.
+type CutMatrix = ([Region; 3], Layout);
+
+fn cut_all(
+    matrices: &[&LocalMatrix],
+    g: &Geometry,
+    placement: &Placement,
+) -> Result<Vec<CutMatrix>> {
+    let cut = |m: &&LocalMatrix| {
+        let layout = g.layout(&m.name, m.rows, m.cols);
+        let cut = placement.of(&m.name).unwrap_or_default();
+        Ok((Region::cut(m, layout, cut)?, layout))
+    };
+    matrices.iter().map(cut).collect()
+}
+
+fn on_device(cut: &[CutMatrix]) -> usize {
+    let bytes = |c: &CutMatrix| c.0[0].bytes().next_multiple_of(ALIGN);
+    cut.iter().map(bytes).sum()
+}
+
+/// Bytes that a rank's weights take on the device.
+///
+/// # Errors
+/// A placement that is not that of these matrices.
+pub fn device_bytes(
+    matrices: &[LocalMatrix],
+    g: &Geometry,
+    placement: &Placement,
+) -> Result<usize> {
+    let matrices: Vec<&LocalMatrix> = matrices.iter().collect();
+    Ok(on_device(&cut_all(&matrices, g, placement)?))
 }
 
 struct Loader<'a> {

@@ -284,6 +284,14 @@ impl OwnedEvent {
         self.driver.wait(stream, self.event)
     }
 
+    /// Whether it is complete; does not wait.
+    ///
+    /// # Errors
+    /// Those of the driver, or of the work before it.
+    pub fn is_complete(&self) -> Result<bool> {
+        self.driver.is_complete(self.event)
+    }
+
     /// The calling thread waits for it.
     ///
     /// # Errors

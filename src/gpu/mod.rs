@@ -29,6 +29,7 @@ mod sampling;
 #[cfg(test)]
 pub mod standin;
 mod step;
+mod warm;
 
 #[cfg(test)]
 mod tests;
@@ -39,4 +40,4 @@ pub use driver::Driver;
 pub use geometry::Geometry;
 pub use offload::Cores;
 pub use one_shot::inbox_bytes;
-pub use rank::{Host, LoadedRank, Parts, build_kernels, load_rank};
+pub use rank::{Coming, Host, LoadedRank, Parts, build_kernels, load_rank};

@@ -9,7 +9,6 @@ use super::libraries::{self, symbol};
 use crate::{Error, Result};
 use cudarc::nccl::sys;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::Arc;
 
 type Status = c_int;
 type Comm = *mut c_void;
@@ -28,6 +27,8 @@ struct Api {
     version: unsafe extern "C" fn(*mut c_int) -> Status,
     unique_id: unsafe extern "C" fn(*mut RawId) -> Status,
     init_rank: unsafe extern "C" fn(*mut Comm, c_int, RawId, c_int) -> Status,
+    finalize: unsafe extern "C" fn(Comm) -> Status,
+    destroy: unsafe extern "C" fn(Comm) -> Status,
     abort: unsafe extern "C" fn(Comm) -> Status,
     async_error: unsafe extern "C" fn(Comm, *mut Status) -> Status,
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
@@ -57,6 +58,8 @@ impl Library {
                 version: symbol(lib, what, "ncclGetVersion")?,
                 unique_id: symbol(lib, what, "ncclGetUniqueId")?,
                 init_rank: symbol(lib, what, "ncclCommInitRank")?,
+                finalize: symbol(lib, what, "ncclCommFinalize")?,
+                destroy: symbol(lib, what, "ncclCommDestroy")?,
                 abort: symbol(lib, what, "ncclCommAbort")?,
                 async_error: symbol(lib, what, "ncclCommGetAsyncError")?,
                 error_string: symbol(lib, what, "ncclGetErrorString")?,
@@ -109,7 +112,6 @@ impl Library {
 pub struct Nccl {
     library: Library,
     comm: Comm,
-    driver: Arc<dyn Driver>,
 }
 
 // SAFETY: a communicator may be used from any thread, one at a time.
@@ -125,7 +127,7 @@ impl Nccl {
         id: UniqueId,
         rank: usize,
         size: usize,
-        driver: Arc<dyn Driver>,
+        driver: &dyn Driver,
     ) -> Result<Nccl> {
         let mut comm = std::ptr::null_mut();
         // The library works in the thread's current context, which any call of the driver sets.
@@ -135,11 +137,7 @@ impl Nccl {
             (library.api.init_rank)(&mut comm, size as c_int, RawId(id.0), rank as c_int)
         };
         library.check("ncclCommInitRank", code)?;
-        Ok(Nccl {
-            library,
-            comm,
-            driver,
-        })
+        Ok(Nccl { library, comm })
     }
 }
 
@@ -192,17 +190,26 @@ impl DeviceCollective for Nccl {
         }
     }
 
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        // Spinning costs a core and saves the wake-up, which is a good part of a decode step.
-        while !self.driver.is_idle(stream)? {
-            let mut error = 0;
-            // SAFETY: an out-parameter and a live communicator.
-            let code = unsafe { (self.library.api.async_error)(self.comm, &mut error) };
-            self.library.check("ncclCommGetAsyncError", code)?;
-            self.library.check("another rank, seen by NCCL", error)?;
-            std::hint::spin_loop();
+    fn check(&mut self) -> Result<()> {
+        let mut error = 0;
+        // SAFETY: an out-parameter and a live communicator.
+        let code = unsafe { (self.library.api.async_error)(self.comm, &mut error) };
+        self.library.check("ncclCommGetAsyncError", code)?;
+        self.library.check("another rank, seen by NCCL", error)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let comm = std::mem::replace(&mut self.comm, std::ptr::null_mut());
+        if comm.is_null() {
+            return Ok(());
         }
-        Ok(())
+        let api = &self.library.api;
+        // SAFETY: a live communicator, given up here; both calls are made on every rank.
+        unsafe {
+            self.library
+                .check("ncclCommFinalize", (api.finalize)(comm))?;
+            self.library.check("ncclCommDestroy", (api.destroy)(comm))
+        }
     }
 
     fn abandon(&mut self) {

@@ -14,27 +14,32 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Rows of a message; beyond, the library's ring moves fewer bytes.
 pub const MAX_ROWS: usize = 8;
+/// Words of one rank in a gather, at most.
+const GATHER_WORDS: usize = 512;
 /// The driver shares memory in whole pages of this.
 const PAGE: usize = 2 << 20;
 
 /// Bytes of a rank's inbox.
 pub fn inbox_bytes(size: usize, hidden: usize) -> usize {
-    // Two halves, and for each rank and row two words with their marks in 16 bytes.
-    (2 * size * MAX_ROWS * (hidden / 4) * 16).next_multiple_of(PAGE)
+    // Two halves, and for each rank two words with their marks in 16 bytes: rows of sums, then words of gathers.
+    (16 * (gather_at(size, hidden) + 2 * size * GATHER_WORDS / 2)).next_multiple_of(PAGE)
 }
 
 /// Peer inboxes, mapped by every rank.
 pub struct OneShot {
     beneath: Box<dyn DeviceCollective>,
     driver: Arc<dyn Driver>,
-    kernel: Function,
+    all_reduce: Function,
+    all_gather: Function,
     rank: usize,
     size: usize,
     hidden: usize,
     timeout_ms: u32,
-    /// Keeps this rank's inbox.
-    _inbox: DeviceBuffer,
+    /// This rank's inbox, until every rank has ended its mapping of it.
+    inbox: Option<DeviceBuffer>,
     imported: Vec<DevicePtr>,
+    /// The ranks' way past the device.
+    ranks: Box<dyn HostCollective>,
     /// Where every rank's inbox is for this device.
     table: DeviceBuffer,
     epochs: DeviceBuffer,
@@ -56,7 +61,7 @@ impl OneShot {
     pub fn over(
         beneath: Box<dyn DeviceCollective>,
         driver: &Arc<dyn Driver>,
-        ranks: &mut dyn HostCollective,
+        mut ranks: Box<dyn HostCollective>,
         hidden: usize,
         timeout_ms: u32,
         stream: Stream,
@@ -64,7 +69,7 @@ impl OneShot {
         let (rank, size) = (ranks.rank(), ranks.size());
         let inbox = DeviceBuffer::new(driver, inbox_bytes(size, hidden), "all-reduce inbox")?;
         let table = DeviceBuffer::new(driver, size * 8, "all-reduce table")?;
-        let epochs = DeviceBuffer::new(driver, MAX_ROWS * 4, "all-reduce epochs")?;
+        let epochs = DeviceBuffer::new(driver, (MAX_ROWS + 1) * 4, "all-reduce epochs")?;
         for buffer in [&inbox, &epochs] {
             // SAFETY: inside the buffer, which outlives the stream's work.
             unsafe { driver.fill(buffer.ptr(), 0, buffer.bytes(), stream) }?;
@@ -72,7 +77,7 @@ impl OneShot {
         driver.synchronize(stream)?;
 
         let exported = driver.export(inbox.ptr());
-        let offers = Offer::exchange(exported.as_ref().ok(), ranks)?;
+        let offers = Offer::exchange(exported.as_ref().ok(), &mut *ranks)?;
         let one_host = offers.iter().all(|o| o.host == offers[0].host);
         let mut problem = match (&exported, one_host) {
             (Err(e), _) => Some(e.clone()),
@@ -96,9 +101,11 @@ impl OneShot {
             }
         }
         // All or none: the ranks have to take the same way.
-        let agreed = ranks_agree(ranks, pointers.len() == size)?;
+        let agreed = ranks_agree(&mut *ranks, pointers.len() == size)?;
         if !agreed {
             close(driver, &imported);
+            // Nobody may return memory that another still maps.
+            ranks_agree(&mut *ranks, true)?;
             if rank == 0 {
                 let why = problem.map_or_else(|| "another rank cannot".into(), |e| e.to_string());
                 tracing::warn!(
@@ -115,19 +122,22 @@ impl OneShot {
         staging.upload(0..size * 8, &table, 0, stream)?;
         driver.synchronize(stream)?;
         let lost = PinnedBuffer::new(driver, 4, Pinned::Cached, "all-reduce status")?;
-        let kernel = driver.function(&kernels::ALL_REDUCE, "all_reduce_add_rms_norm")?;
+        let all_reduce = driver.function(&kernels::ALL_REDUCE, "all_reduce_add_rms_norm")?;
+        let all_gather = driver.function(&kernels::ALL_REDUCE, "all_gather_words")?;
         let driver = driver.clone();
-        let _inbox = inbox;
+        let inbox = Some(inbox);
         Ok(Box::new(OneShot {
             beneath,
             driver,
-            kernel,
+            all_reduce,
+            all_gather,
             rank,
             size,
             hidden,
             timeout_ms,
-            _inbox,
+            inbox,
             imported,
+            ranks,
             table,
             epochs,
             lost,
@@ -146,6 +156,11 @@ impl OneShot {
             ))),
         }
     }
+}
+
+/// Where the gathers' part of an inbox begins, in units of 16 bytes.
+fn gather_at(size: usize, hidden: usize) -> usize {
+    2 * size * MAX_ROWS * (hidden / 4)
 }
 
 impl DeviceCollective for OneShot {
@@ -171,8 +186,27 @@ impl DeviceCollective for OneShot {
         out: DevicePtr,
         stream: Stream,
     ) -> Result<()> {
-        // SAFETY: passed on to the caller.
-        unsafe { self.beneath.all_gather(local, counts, out, stream) }
+        let n = counts.first().copied().unwrap_or(0);
+        if n > GATHER_WORDS || counts.iter().any(|&c| c != n) {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.beneath.all_gather(local, counts, out, stream) };
+        }
+        let args = args![
+            local,
+            out,
+            self.table.ptr(),
+            gather_at(self.size, self.hidden),
+            self.epochs.ptr().offset(MAX_ROWS * 4),
+            DevicePtr(self.lost.as_slice().as_ptr() as u64),
+            self.rank,
+            self.size,
+            GATHER_WORDS / 2,
+            n,
+            self.timeout_ms
+        ];
+        let launch = Launch::linear(1, 128);
+        // SAFETY: the parameters of all_reduce.cu; the buffers are the caller's and this value's own.
+        unsafe { self.driver.launch(self.all_gather, &launch, &args, stream) }
     }
 
     unsafe fn all_reduce_add_norm(&mut self, f: &FusedNorm, stream: Stream) -> Result<bool> {
@@ -198,14 +232,21 @@ impl DeviceCollective for OneShot {
         let threads = (f.hidden / 8).next_multiple_of(32).min(1024);
         let launch = Launch::linear(f.rows, threads as u32);
         // SAFETY: the parameters of all_reduce.cu; the buffers are the caller's and this value's own.
-        unsafe { self.driver.launch(self.kernel, &launch, &args, stream) }?;
+        unsafe { self.driver.launch(self.all_reduce, &launch, &args, stream) }?;
         Ok(true)
     }
 
-    fn synchronize(&mut self, stream: Stream) -> Result<()> {
-        let done = self.beneath.synchronize(stream);
+    fn check(&mut self) -> Result<()> {
         self.check_lost()?;
-        done
+        self.beneath.check()
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        close(&self.driver, &std::mem::take(&mut self.imported));
+        // CUDA leaves open what becomes of memory that is returned while another process maps it.
+        ranks_agree(&mut *self.ranks, true)?;
+        self.inbox = None;
+        self.beneath.finish()
     }
 
     fn abandon(&mut self) {
@@ -216,6 +257,8 @@ impl DeviceCollective for OneShot {
 impl Drop for OneShot {
     fn drop(&mut self) {
         close(&self.driver, &self.imported);
+        // The other ranks' mappings are not known to have ended: the inbox goes with the process.
+        std::mem::forget(self.inbox.take());
     }
 }
 

@@ -20,6 +20,7 @@ use crate::plan::{Placement, Shard};
 use crate::weights::{Dtype, LoadStats, Source};
 use crate::{Error, Result};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 /// What a rank's backend is made of.
 pub struct Parts {
@@ -31,6 +32,70 @@ pub struct Parts {
     pub comm: Box<dyn DeviceCollective>,
     /// All work goes here.
     pub stream: Stream,
+}
+
+/// A rank's device, and the rest of its [`Parts`] on their way: libraries take a second to open and ranks to meet, which
+/// passes while the weights load.
+pub struct Coming {
+    driver: Arc<dyn Driver>,
+    stream: Stream,
+    rest: Rest,
+}
+
+enum Rest {
+    Here(Parts),
+    Coming(JoinHandle<Result<Parts>>),
+}
+
+impl From<Parts> for Coming {
+    fn from(parts: Parts) -> Coming {
+        Coming {
+            driver: parts.driver.clone(),
+            stream: parts.stream,
+            rest: Rest::Here(parts),
+        }
+    }
+}
+
+impl Coming {
+    /// Begins [`Parts::cuda`] on a thread of its own. When the caller fails meanwhile, that thread is left alone: it may
+    /// be waiting for a rank that never comes.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn cuda(
+        device: Cuda,
+        ranks: Option<Box<dyn HostCollective>>,
+        hidden: usize,
+    ) -> Result<Coming> {
+        let driver: Arc<dyn Driver> = Arc::new(device);
+        let stream = driver.create_stream()?;
+        let on_it = driver.clone();
+        let coming = std::thread::Builder::new()
+            .name("libraries".into())
+            .spawn(move || Parts::on(on_it, stream, ranks, hidden))
+            .map_err(|e| Error::failed(format_args!("a thread for the libraries: {e}")))?;
+        Ok(Coming {
+            driver,
+            stream,
+            rest: Rest::Coming(coming),
+        })
+    }
+
+    /// Waits for the rest.
+    ///
+    /// # Errors
+    /// Those of [`Parts::cuda`].
+    fn wait(self) -> Result<Parts> {
+        match self.rest {
+            Rest::Here(parts) => Ok(parts),
+            Rest::Coming(thread) => thread.join().unwrap_or_else(|_| {
+                Err(Error::failed(
+                    "internal error: opening the libraries panicked",
+                ))
+            }),
+        }
+    }
 }
 
 /// A peer that does not answer for this long is lost.
@@ -48,8 +113,17 @@ impl Parts {
         ranks: Option<Box<dyn HostCollective>>,
         hidden: usize,
     ) -> Result<Parts> {
-        let driver: Arc<dyn Driver> = Arc::new(device);
-        let stream = driver.create_stream()?;
+        Coming::cuda(device, ranks, hidden)?.wait()
+    }
+
+    fn on(
+        driver: Arc<dyn Driver>,
+        stream: Stream,
+        ranks: Option<Box<dyn HostCollective>>,
+        hidden: usize,
+    ) -> Result<Parts> {
+        // The libraries work in the thread's current context, which any call of the driver sets.
+        driver.memory()?;
         let gemm = Box::new(CublasLt::open()?);
         let Some(mut ranks) = ranks else {
             let comm = Box::new(Solo(driver.clone()));
@@ -74,15 +148,8 @@ impl Parts {
         };
         let ids = exchange_bytes(&mut *ranks, &mine)?;
         let id = UniqueId(std::array::from_fn(|i| ids[i]));
-        let nccl = Nccl::join(library, id, ranks.rank(), ranks.size(), driver.clone())?;
-        let comm = OneShot::over(
-            Box::new(nccl),
-            &driver,
-            &mut *ranks,
-            hidden,
-            TIMEOUT_MS,
-            stream,
-        )?;
+        let nccl = Nccl::join(library, id, ranks.rank(), ranks.size(), &*driver)?;
+        let comm = OneShot::over(Box::new(nccl), &driver, ranks, hidden, TIMEOUT_MS, stream)?;
         Ok(Parts {
             driver,
             gemm,
@@ -101,24 +168,16 @@ impl Parts {
         ranks: Option<Box<dyn HostCollective>>,
         hidden: usize,
     ) -> Result<Parts> {
-        use std::sync::{Mutex, PoisonError};
+        use super::collective::{HostRanks, Shared};
         let driver: Arc<dyn Driver> = device.clone();
         let stream = driver.create_stream()?;
         let comm: Box<dyn DeviceCollective> = match ranks {
             None => Box::new(Solo(driver.clone())),
             Some(ranks) => {
-                let ranks = Arc::new(Mutex::new(ranks));
-                let host = super::collective::HostRanks::new(device.clone(), ranks.clone());
-                let mut ranks = ranks.lock().unwrap_or_else(PoisonError::into_inner);
+                let ranks = Shared::new(ranks);
+                let host = Box::new(HostRanks::new(device.clone(), ranks.clone()));
                 let timeout_ms = device.patience().as_millis() as u32;
-                OneShot::over(
-                    Box::new(host),
-                    &driver,
-                    &mut **ranks,
-                    hidden,
-                    timeout_ms,
-                    stream,
-                )?
+                OneShot::over(host, &driver, Box::new(ranks), hidden, timeout_ms, stream)?
             }
         };
         let gemm = Box::new(super::gemm::HostGemm(device.clone()));
@@ -170,7 +229,7 @@ pub fn load_rank(
     dtype: Dtype,
     shard: &Shard,
     limits: Limits,
-    parts: Parts,
+    parts: impl Into<Coming>,
     host: Host,
     threads: usize,
     progress: &(dyn Fn(u64) + Sync),
@@ -180,6 +239,7 @@ pub fn load_rank(
     if dtype != Dtype::Bf16 && shard.tp_rank == 0 {
         tracing::warn!("the checkpoint is {dtype}; on the GPU its weights are rounded to bf16");
     }
+    let parts = parts.into();
     let loaded = load::load(
         &parts.driver,
         source,
@@ -192,6 +252,7 @@ pub fn load_rank(
     )?;
     let (memory, weights, stats) = (loaded.memory, loaded.weights, loaded.stats);
     let model = Qwen::assemble(config, |name| load::take(&weights, name))?;
+    let parts = parts.wait()?;
     let offload = loaded.host.map(|(locked, elsewhere)| {
         let (driver, stream) = (&parts.driver, parts.stream);
         let mut offload = Offload::new(driver, stream, locked, elsewhere, host.cores, host.files)?;

@@ -1,53 +1,145 @@
-//! From logits on the device to a choice on the host: the vocabulary-parallel search, and the gathered rows.
+//! From logits on the device to a choice: the vocabulary-parallel search in the step itself, its way to the host, and the
+//! gathered rows.
 
 use super::arena;
-use super::backend::{GpuBackend, GpuBuf};
-use super::driver::{Launch, args};
+use super::backend::{GpuBackend, GpuBuf, wait_for};
+use super::driver::{Driver, Launch, Pinned, args};
+use super::memory::{OwnedEvent, PinnedBuffer};
 use super::offload::Offload;
-use crate::Result;
-use crate::model::Choice;
+use crate::model::{Choice, Fetch, Limits};
+use crate::{Error, Result};
+use std::sync::Arc;
 
-impl GpuBackend {
-    /// The most likely of the tokens `0..n_known` of each wanted row.
+/// Choices on their way to the host.
+pub struct Fetching {
+    host: PinnedBuffer,
+    arrived: OwnedEvent,
+    /// Rows that are on their way; none while it is free.
+    rows: Option<usize>,
+}
+
+impl Fetching {
+    /// Room for the choices of one step.
     ///
     /// # Errors
-    /// Those of the driver, and a lost rank.
-    pub(super) fn arg_max(&mut self, n_known: usize) -> Result<Vec<Choice>> {
-        let s = self.step.n_wanted;
-        let (parts, known) = self.parts_of_ranks(n_known);
-        let counts: Vec<usize> = parts.iter().map(|n| 3 * s * n).collect();
-        let all: usize = counts.iter().sum();
-        if all == 0 {
-            return Ok(Vec::new());
+    /// Those of the driver.
+    pub fn new(driver: &Arc<dyn Driver>, limits: &Limits) -> Result<Fetching> {
+        let bytes = arena::chosen_bytes(limits);
+        Ok(Fetching {
+            host: PinnedBuffer::new(driver, bytes, Pinned::Cached, "choices on the host")?,
+            arrived: OwnedEvent::new(driver, false)?,
+            rows: None,
+        })
+    }
+}
+
+impl GpuBackend {
+    /// Enqueues the search for the most likely known token of each wanted row, over all ranks' parts of the vocabulary.
+    ///
+    /// # Errors
+    /// Those of the driver and the collective.
+    pub(super) fn arg_max(&mut self) -> Result<()> {
+        let (s, ranks) = (self.rows, self.g.vocab.len());
+        if self.idle() {
+            return Ok(());
         }
-        let mut at = self.arena.get("choices_local");
-        let mine = parts[self.g.tp_rank];
-        if mine > 0 {
-            let rows = at.offset(4 * s * mine);
-            let sums = at.offset(8 * s * mine);
-            let ld = self.g.vocab_local();
-            let args = args![self.logits_local, known, ld, at, rows, sums];
+        let known = self.known_here();
+        let n_parts = arena::sample_parts(known);
+        let parts = self.arena.get("sample_parts");
+        let (ids, sums) = (parts.offset(4 * s * n_parts), parts.offset(8 * s * n_parts));
+        if n_parts > 0 {
+            let args = args![
+                self.logits_local,
+                known,
+                self.g.vocab_local(),
+                parts,
+                ids,
+                sums
+            ];
             let launch = Launch {
-                grid: [mine as u32, s as u32, 1],
+                grid: [n_parts as u32, s as u32, 1],
                 block: [256, 1, 1],
                 shared: 0,
             };
-            let kernel = self.kernels.sample_partial;
-            self.kernels.run(kernel, &launch, &args, self.stream)?;
+            self.launch(self.kernels.sample_partial, &launch, &args)?;
         }
-        if self.g.vocab.len() > 1 {
-            let gathered = self.arena.get("choices");
-            // SAFETY: the arena outlives the stream's work.
-            unsafe { self.comm.all_gather(at, &counts, gathered, self.stream) }?;
-            at = gathered;
+        let one_warp_each = Launch::linear(s, 32);
+        let token = self.arena.get("chosen");
+        let stride = 4 * self.limits.max_logit_rows;
+        let (logit, sum) = (token.offset(stride), token.offset(2 * stride));
+        let reduce = self.kernels.sample_reduce;
+        if ranks == 1 {
+            let args = args![
+                parts, ids, sums, n_parts, 1usize, n_parts, token, logit, sum
+            ];
+            return self.launch(reduce, &one_warp_each, &args);
         }
-        let offset = self.arena.offset(at);
+        let (local, all) = (
+            self.arena.get("sample_local"),
+            self.arena.get("sample_ranks"),
+        );
+        let args = args![parts, ids, sums, n_parts, self.g.first_row, local];
+        self.launch(self.kernels.sample_join, &one_warp_each, &args)?;
+        let counts = vec![3 * s; ranks];
+        // SAFETY: the arena outlives the stream's work.
+        unsafe { self.comm.all_gather(local, &counts, all, self.stream) }?;
+        let (ids, sums) = (all.offset(4 * s), all.offset(8 * s));
+        let args = args![all, ids, sums, ranks, 3 * s, 1usize, token, logit, sum];
+        self.launch(reduce, &one_warp_each, &args)
+    }
+
+    /// How many of the known tokens are in this rank's part of the vocabulary.
+    fn known_here(&self) -> usize {
+        let before: usize = self.g.vocab[..self.g.tp_rank].iter().sum();
+        self.n_known
+            .saturating_sub(before)
+            .min(self.g.vocab_local())
+    }
+
+    /// Enqueues the copy of what the step has chosen.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub(super) fn start_fetch(&mut self) -> Result<Fetch> {
+        let slot = self.turn;
+        let fetching = &mut self.fetching[slot];
+        if fetching.rows.is_some() {
+            return Err(Error::failed(
+                "internal error: choices of three steps under way",
+            ));
+        }
+        let at = self.arena.offset(self.arena.get("chosen"));
+        let bytes = fetching.host.bytes();
         let memory = self.arena.memory();
-        self.logits_host
-            .download(0..4 * all, memory, offset, self.stream)?;
-        self.wait()?;
-        let words = bytemuck::cast_slice(&self.logits_host.as_slice()[..4 * all]);
-        Ok(choose(words, &parts, &self.g.vocab, s))
+        fetching.host.download(0..bytes, memory, at, self.stream)?;
+        fetching.arrived.record(self.stream)?;
+        fetching.rows = Some(self.step.n_wanted);
+        self.turn = 1 - slot;
+        Ok(Fetch(slot))
+    }
+
+    /// Waits for such a copy.
+    ///
+    /// # Errors
+    /// Those of the driver, and a lost rank.
+    pub(super) fn end_fetch(&mut self, Fetch(slot): Fetch) -> Result<Vec<Choice>> {
+        let fetching = &mut self.fetching[slot];
+        let rows = fetching.rows.take().unwrap_or(0);
+        let arrived = wait_for(&fetching.arrived, &mut *self.comm);
+        self.offload.as_ref().map_or(Ok(()), Offload::check)?;
+        arrived?;
+        let words: &[u32] = bytemuck::cast_slice(fetching.host.as_slice());
+        let stride = self.limits.max_logit_rows;
+        let float = |at: usize| f32::from_bits(words[at]);
+        let choice = |row: usize| {
+            let (logit, sum) = (float(stride + row), float(2 * stride + row));
+            Choice {
+                token: words[row],
+                logit,
+                log_sum_exp: f64::from(logit) + f64::from(sum).ln(),
+            }
+        };
+        Ok((0..rows).map(choice).collect())
     }
 
     /// The logits of the wanted rows on the host, `[S, vocab]`.
@@ -69,7 +161,7 @@ impl GpuBackend {
             self.arena.offset(logits.ptr),
             self.stream,
         )?;
-        self.wait()?;
+        self.synchronize()?;
         let gathered: &[f32] = bytemuck::cast_slice(&self.logits_host.as_slice()[..bytes]);
         if self.g.vocab.len() == 1 {
             return Ok(gathered);
@@ -86,55 +178,4 @@ impl GpuBackend {
         }
         Ok(&self.logits[..s * vocab])
     }
-
-    /// Waits until the step is done, also the part of it that the host has.
-    fn wait(&mut self) -> Result<()> {
-        let done = self.comm.synchronize(self.stream);
-        self.offload.as_ref().map_or(Ok(()), Offload::check)?;
-        done
-    }
-
-    /// Into how many parts each rank's share of the first `n_known` tokens is cut, and how many of them this rank has.
-    fn parts_of_ranks(&self, n_known: usize) -> (Vec<usize>, usize) {
-        let mut left = n_known;
-        let known = self.g.vocab.iter().map(|&rows| {
-            let here = rows.min(left);
-            left -= here;
-            here
-        });
-        let known: Vec<usize> = known.collect();
-        let parts = known.iter().map(|&n| arena::sample_parts(n)).collect();
-        (parts, known[self.g.tp_rank])
-    }
-}
-
-/// Joins what `sample.cu` found in the parts of every row, on every rank: per rank maxima, ids within the rank's rows, and
-/// sums of exp(logit - maximum), each `[n_rows, parts]`.
-fn choose(words: &[u32], parts: &[usize], vocab: &[usize], n_rows: usize) -> Vec<Choice> {
-    let row = |row: usize| {
-        let mut best = (f32::NEG_INFINITY, 0u32);
-        let mut all: Vec<(f32, f32)> = Vec::new();
-        let (mut begin, mut first_id) = (0, 0u32);
-        for (&n, &rows) in parts.iter().zip(vocab) {
-            for part in 0..n {
-                let word = |array: usize| words[begin + (array * n_rows + row) * n + part];
-                let (max, id, sum) = (f32::from_bits(word(0)), word(1), f32::from_bits(word(2)));
-                // Ranks and parts come in no order of ids, so ties are settled here: the lowest id.
-                if max > best.0 || (max == best.0 && first_id.wrapping_add(id) < best.1) {
-                    best = (max, first_id.wrapping_add(id));
-                }
-                all.push((max, sum));
-            }
-            begin += 3 * n_rows * n;
-            first_id += rows as u32;
-        }
-        let term = |&(max, sum): &(f32, f32)| f64::from(sum) * f64::from(max - best.0).exp();
-        let sum: f64 = all.iter().filter(|p| p.1 > 0.0).map(term).sum();
-        Choice {
-            token: best.1,
-            logit: best.0,
-            log_sum_exp: f64::from(best.0) + sum.ln(),
-        }
-    };
-    (0..n_rows).map(row).collect()
 }

@@ -3,10 +3,14 @@
 use super::{KV_BLOCK, Layer};
 use crate::{Error, Result};
 
+/// Marks a token that the host does not know yet: what the step before has chosen in the row that the other bits name.
+/// Only for backends with [`Backend::fetch_choices`].
+pub const CHOSEN: u32 = 1 << 31;
+
 /// The tokens of one step: prefill chunks and single decode tokens of many sequences, back to back.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// Token ids, `[T]`.
+    /// Token ids, `[T]`; with [`CHOSEN`] set, the logit row in which the step before has chosen the token.
     pub tokens: Vec<u32>,
     /// Position of each token in its own sequence, `[T]`.
     pub positions: Vec<u32>,
@@ -104,6 +108,10 @@ pub struct Choice {
     pub log_sum_exp: f64,
 }
 
+/// A step's choices on their way to the host.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Fetch(pub(crate) usize);
+
 /// A place where the forward pass runs. All operations refer to the batch given to [`Backend::begin`].
 ///
 /// # Errors
@@ -114,6 +122,8 @@ pub trait Backend {
     /// A step buffer.
     type Buf;
 
+    /// Rows of logits from token `n` on only pad the vocabulary and are never chosen; without this all may be.
+    fn set_known_tokens(&mut self, _n: usize) {}
     /// Takes in the step's tokens, positions and block tables.
     fn begin(&mut self, batch: &Batch) -> Result<()>;
     /// Rows of `table` for the tokens; zeros for tokens of other ranks' rows.
@@ -153,11 +163,25 @@ pub trait Backend {
     ) -> Result<()>;
     /// `h · headᵀ`, the ranks' vocabulary parts joined.
     fn logits(&mut self, h: &Self::Buf, head: &Self::Weight, logits: &mut Self::Buf) -> Result<()>;
-    /// The most likely of the tokens `0..n_known` of each wanted row, found where the logits are, so that they need not be
-    /// moved; `None` where the backend leaves that to whoever has [`Backend::read_logits`].
-    fn most_likely(&mut self, _logits: &Self::Buf, _n_known: usize) -> Result<Option<Vec<Choice>>> {
+    /// The most likely known token of each wanted row, found where the logits are and kept there for the next step; a
+    /// backend without [`Backend::fetch_choices`] leaves choosing to whoever has [`Backend::read_logits`].
+    fn choose(&mut self, _logits: &Self::Buf) -> Result<()> {
+        Ok(())
+    }
+    /// Starts bringing the step's choices to the host, without waiting; `None` where the backend does not choose. At most
+    /// two are on their way at a time.
+    fn fetch_choices(&mut self) -> Result<Option<Fetch>> {
         Ok(None)
     }
-    /// The logits on the host, `[S, vocab]`.
+    /// Waits for choices on their way.
+    fn choices(&mut self, _fetch: Fetch) -> Result<Vec<Choice>> {
+        Ok(Vec::new())
+    }
+    /// The logits of the step begun last on the host, `[S, vocab]`.
     fn read_logits<'a>(&'a mut self, logits: &'a Self::Buf) -> Result<&'a [f32]>;
+    /// The orderly end, on every rank alike and before the backend is dropped; no step follows. A backend dropped without
+    /// it gives up whatever still waits for another rank.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 }

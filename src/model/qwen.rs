@@ -72,7 +72,8 @@ impl<W> Qwen<W> {
     }
 }
 
-/// One step of the model on this rank: the logits of the wanted rows end in `a.logits`, k and v in the cache.
+/// One step of the model on this rank: the logits of the wanted rows end in `a.logits`, k and v in the cache, and, where the
+/// backend chooses, the most likely tokens where the next step finds them.
 ///
 /// T = tokens of the step, S = wanted rows, d = head_dim; `_local` is this rank's share.
 ///
@@ -109,5 +110,6 @@ pub fn forward<B: Backend>(
     }
 
     let head = model.head.as_ref().unwrap_or(&model.embed);
-    b.logits(&a.h, head, &mut a.logits) //                        logits  [S, vocab]
+    b.logits(&a.h, head, &mut a.logits)?; //                      logits  [S, vocab]
+    b.choose(&a.logits) //                                        the most likely token of each row
 }

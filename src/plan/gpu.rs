@@ -294,7 +294,12 @@ mod tests {
             n_kv_blocks: 256,
         };
         let g = Geometry::new(&config, &shard).unwrap();
-        let allocated = load::device_bytes(&shard.matrices(&config, request.dtype), &g) as u64;
+        let allocated = load::device_bytes(
+            &shard.matrices(&config, request.dtype),
+            &g,
+            &Placement::default(),
+        )
+        .unwrap() as u64;
         let need = GpuNeed::new(&config, &request, &shard, &limits).unwrap();
         (need, allocated)
     }

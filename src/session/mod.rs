@@ -42,7 +42,7 @@ pub struct Demand {
 /// What a run can say of itself.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// Seconds from process start until the weights were in place.
+    /// Seconds from process start until everything was ready for the first step.
     pub load_s: f64,
     /// Every rank.
     pub ranks: Vec<RankReport>,
@@ -204,7 +204,7 @@ fn prepare<W>(
         }
         Site::Gpu(cuda) => {
             let ranks = (group.size() > 1).then(|| group.take_collective());
-            let parts = gpu::Parts::cuda(*cuda, ranks, model.config.hidden_size)?;
+            let parts = gpu::Coming::cuda(*cuda, ranks, model.config.hidden_size)?;
             let threads = pool_share(group).len();
             let host = gpu::Host {
                 placement: plan.ranks[group.rank()].placement,
@@ -215,7 +215,7 @@ fn prepare<W>(
             let bytes = plan.ranks[group.rank()].bytes.weights;
             let bar = logging::byte_bar(bytes, group.rank() == 0);
             let progress = |n| bar.inc(n);
-            let loaded = gpu::load_rank(
+            let mut loaded = gpu::load_rank(
                 &model.config,
                 source,
                 model.dtype,
@@ -228,6 +228,7 @@ fn prepare<W>(
             )?;
             bar.finish_and_clear();
             say_loaded(&loaded.stats);
+            loaded.warm_up(demand.n_tokens_known)?;
             Box::new(Replica::new(
                 loaded.backend,
                 loaded.model,

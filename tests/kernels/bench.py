@@ -235,7 +235,7 @@ def small(d):
         def run():
             for _ in range(20):
                 d.launch("sample", "sample_partial", (parts, rows), 256, logits, 151665, vocab, *part)
-                d.launch("sample", "sample_reduce", rows, 32, *part, parts, *out)
+                d.launch("sample", "sample_reduce", rows, 32, *part, parts, 1, parts, *out)
         print(f"  sample {rows} × {vocab}: {graph_us(run, 20):.2f} µs", flush=True)
 
 
@@ -297,7 +297,7 @@ class Model:
 
         def run():
             overlap, d.overlap = d.overlap, False
-            d.launch("embed", "embed", 1, 128, self.head, None, token, x, hidden, 0, vocab, vocab)
+            d.launch("embed", "embed", 1, 128, self.head, None, token, token, x, hidden, 0, vocab, vocab)
             d.overlap = overlap
             d.launch("norm", "rms_norm", 1, block, x, ws[0]["norm"], h, hidden, 1e-6)
             for i, w in enumerate(ws):
@@ -315,7 +315,7 @@ class Model:
                 d.launch("norm", "add_rms_norm", 1, block, partial, x, ws[i + 1]["norm"] if i + 1 < layers else self.final, h, hidden, 1e-6)
             d.launch("gemv", "gemv_f32", *grid(vocab // 16, hidden), self.head, h, None, logits, 1, vocab, hidden, hidden, vocab)
             d.launch("sample", "sample_partial", (parts, 1), 256, logits, vocab, vocab, *sampled[:3])
-            d.launch("sample", "sample_reduce", 1, 32, *sampled[:3], parts, *sampled[3:])
+            d.launch("sample", "sample_reduce", 1, 32, *sampled[:3], parts, 1, parts, *sampled[3:])
         us = graph_us(run, 1)
         n_bytes = sum(t.nbytes for w in ws for t in (w["qkv"], w["o"], w["gate_up"], w["down"], *w["kv"][:2])) + self.head.nbytes
         floor = n_bytes / read * 1e-6

@@ -96,7 +96,13 @@ def embed(d, i, hidden=None, tokens=None):
     table, ids = i.normal(rows, hidden), i.integers([i.random.randint(0, 80) for _ in range(tokens)])
     near = i.random.randint(0, rows)
     x = i.poison(tokens, hidden, dtype=F32)
-    d.launch("embed", "embed", tokens, 128, table[:near].clone(), table[near:].clone(), ids, x, hidden, first, near, rows)
+    # Some are named by the row in which the step before has chosen them.
+    chosen = i.integers([i.random.randint(0, 80) for _ in range(4)])
+    named, ids = ids.clone(), ids.clone()
+    for t in i.random.sample(range(tokens), tokens // 2):
+        row = i.random.randint(0, 3)
+        named[t], ids[t] = row - (1 << 31), chosen[row]
+    d.launch("embed", "embed", tokens, 128, table[:near].clone(), table[near:].clone(), named, chosen, x, hidden, first, near, rows)
     d.synchronize()
     want = torch.stack([table[t - first].double() if first <= t < first + rows else torch.zeros(hidden, dtype=F64, device=i.device) for t in ids.tolist()])
     return compare("embed", x.double() + 1, want + 1, 0.0)
@@ -161,16 +167,33 @@ def sample(d, i, vocab=None, rows=None):
     logits[-1, 0] = -math.inf
     parts = sample_parts(vocab)
     part = [i.poison(rows, parts, dtype=F32), i.integers([[-1] * parts] * rows), i.poison(rows, parts, dtype=F32)]
-    token, top, lse = i.integers([-1] * rows), i.poison(rows, dtype=F32), i.poison(rows, dtype=F32)
+    token, top, total = i.integers([-1] * rows), i.poison(rows, dtype=F32), i.poison(rows, dtype=F32)
     d.launch("sample", "sample_partial", (parts, rows), 256, logits, vocab, ld, *part)
-    d.launch("sample", "sample_reduce", rows, 32, *part, parts, token, top, lse)
+    d.launch("sample", "sample_reduce", rows, 32, *part, parts, 1, parts, token, top, total)
     d.synchronize()
     known = logits[:, :vocab].double().cpu()
     want = [int((row == row.max()).nonzero()[0]) for row in known]
-    if token.tolist() != want:
-        raise Mismatch(f"sample: tokens {token.tolist()}, not {want}")
-    compare("sample max", top, known.max(-1).values, 0.0)
-    return compare("log_sum_exp", lse, known.logsumexp(-1), 1e-6)
+
+    def check(way):
+        if token.tolist() != want:
+            raise Mismatch(f"{way}: tokens {token.tolist()}, not {want}")
+        compare(f"{way} max", top, known.max(-1).values, 0.0)
+        return compare(f"{way} log_sum_exp", top.double().cpu() + total.double().cpu().log(), known.logsumexp(-1), 1e-6)
+
+    worst = check("sample")
+    # The same from two ranks' halves, and from a third that has no token.
+    half, joined = vocab // 2, i.integers([[-1] * (3 * rows)] * 3)
+    for rank, (first, n) in enumerate([(0, half), (half, vocab - half), (vocab, 0)]):
+        parts = sample_parts(n)
+        part = [i.poison(rows, max(parts, 1), dtype=F32), i.integers([[-1] * max(parts, 1)] * rows), i.poison(rows, max(parts, 1), dtype=F32)]
+        local = logits[:, first:first + n].contiguous()
+        if n:
+            d.launch("sample", "sample_partial", (parts, rows), 256, local, n, n, *part)
+        d.launch("sample", "sample_join", rows, 32, *part, parts, first, joined[rank])
+    token.fill_(-1)
+    d.launch("sample", "sample_reduce", rows, 32, joined[0], joined[0, rows:], joined[0, 2 * rows:], 3, 3 * rows, 1, token, top, total)
+    d.synchronize()
+    return max(worst, check("sample over ranks"))
 
 
 def rope_inputs(i, tokens, n_kv, d_head, far):
@@ -416,7 +439,29 @@ def all_reduce(d, i, ranks=None, rows=None, hidden=None, rounds=5):
     return worst
 
 
-CASES = [embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, handover, attention_decode, attention_prefill, all_reduce]
+def all_gather(d, i, ranks=None, n=None, rounds=5):
+    """Ranks as threads (emulation) or streams."""
+    ranks, n = ranks or i.random.randint(1, 4), n or i.random.choice([1, 3, 6, 97])
+    first, pairs = 24, n // 2 + 2
+    inboxes = [torch.zeros(first + 2 * ranks * pairs, 4, dtype=torch.int32, device=i.device) for _ in range(ranks)]
+    table = torch.tensor([t.data_ptr() for t in inboxes], dtype=torch.int64, device=i.device)
+    epochs, lost = [[torch.zeros(1, dtype=torch.int32, device=i.device) for _ in range(ranks)] for _ in range(2)]
+    local = [[i.integers([i.random.randint(0, 1 << 30) for _ in range(n)]) for _ in range(rounds)] for _ in range(ranks)]
+    outs = [[i.integers([-1] * (ranks * n)) for _ in range(rounds)] for _ in range(ranks)]
+
+    def run(rank, words, out):
+        d.launch("all_reduce", "all_gather_words", 1, 64, words, out, table, first, epochs[rank], lost[rank], rank, ranks, pairs, n, 3000)
+
+    with d.sharing("all_reduce", inboxes):
+        d.together([lambda r=r: [run(r, w, o) for w, o in zip(local[r], outs[r])] for r in range(ranks)])
+    for round in range(rounds):
+        want = torch.cat([words[round] for words in local]).tolist()
+        if any(out[round].tolist() != want for out in outs):
+            raise Mismatch(f"all_gather: round {round}")
+    return 0.0
+
+
+CASES = [embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, handover, attention_decode, attention_prefill, all_reduce, all_gather]
 
 QWEN_HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128), "72B/2": (32, 4, 128), "14B": (40, 8, 128)}
 # The same cases at the sizes of real models, for a GPU.

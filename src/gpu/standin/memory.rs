@@ -5,9 +5,28 @@
 
 use crate::gpu::driver::IpcHandle;
 use crate::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, PoisonError};
+
+/// How often each file's memory is mapped by devices of this process other than its own.
+static IMPORTS: Mutex<Option<HashMap<u64, i64>>> = Mutex::new(None);
+
+/// Adds to a file's count; what it is then.
+fn count_import(file: &File, change: i64) -> i64 {
+    let Ok(of_file) = file.metadata() else {
+        return 0;
+    };
+    let mut counts = IMPORTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let count = counts
+        .get_or_insert_default()
+        .entry(of_file.ino())
+        .or_default();
+    *count += change;
+    *count
+}
 
 /// Bytes before and behind every allocation that nobody may write.
 const GUARD: usize = 256;
@@ -113,8 +132,9 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if self.file.is_none() {
-            return;
+        let Some(file) = &self.file else { return };
+        if self.kind == Kind::Imported {
+            count_import(file, -1);
         }
         // SAFETY: the mapping is this block's own.
         unsafe { libc::munmap(self.map.cast(), self.map_bytes) };
@@ -198,6 +218,14 @@ impl Memory {
         };
         if kind == Kind::Device {
             self.used -= block.bytes as u64;
+        }
+        if kind == Kind::Imported {
+            return Ok(());
+        }
+        if block.file.as_ref().is_some_and(|f| count_import(f, 0) > 0) {
+            return Err(Error::failed(format_args!(
+                "{ptr:#x} is returned while another device maps it"
+            )));
         }
         check_guards(ptr, &block)
     }
@@ -333,6 +361,9 @@ impl Memory {
             return Err(gone(&"it has another size"));
         }
         let mut block = Block::map(file, rounded, Kind::Imported)?;
+        if let Some(file) = &block.file {
+            count_import(file, 1);
+        }
         block.bytes = bytes;
         let start = block.start();
         self.blocks.insert(start, block);

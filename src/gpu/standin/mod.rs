@@ -89,6 +89,7 @@ struct Device {
     counts: Counts,
     seeds: u64,
     lost: Option<Error>,
+    misuses: Vec<String>,
 }
 
 #[derive(Default)]
@@ -120,6 +121,7 @@ impl Standin {
             counts: Counts::default(),
             seeds: options.seed,
             lost: None,
+            misuses: Vec::new(),
             options,
         };
         Standin {
@@ -146,6 +148,16 @@ impl Standin {
     pub fn counts(&self) -> (u64, u64, u64) {
         let counts = &self.lock().device.counts;
         (counts.launches, counts.allocs, counts.copies)
+    }
+
+    /// What was returned that was not to be returned, or not yet; owners only log it.
+    pub fn misuses(&self) -> Vec<String> {
+        self.lock().device.misuses.clone()
+    }
+
+    /// How many graphs there are.
+    pub fn graphs(&self) -> usize {
+        self.lock().queues.graphs()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -246,7 +258,8 @@ impl Device {
 
     fn free(&mut self, ptr: u64, kind: Kind) -> Result<()> {
         self.modules.values().for_each(|m| m.unregister(ptr));
-        self.memory.free(ptr, kind)
+        let freed = self.memory.free(ptr, kind);
+        freed.inspect_err(|e| self.misuses.push(e.to_string()))
     }
 
     fn module(&mut self, source: &'static Source) -> Result<Arc<Module>> {
@@ -393,6 +406,14 @@ impl Driver for Standin {
 
     fn wait(&self, stream: Stream, event: Event) -> Result<()> {
         self.call("wait", |s| s.queues.wait(stream.0, event.0))
+    }
+
+    fn is_complete(&self, event: Event) -> Result<bool> {
+        // Whoever asks again and again sees progress.
+        self.call("is_complete", |s| {
+            s.queues.run_one(&mut s.device)?;
+            s.queues.is_complete(event.0)
+        })
     }
 
     fn synchronize_event(&self, event: Event) -> Result<()> {

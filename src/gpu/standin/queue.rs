@@ -282,6 +282,11 @@ impl Queues {
         self.enqueue(stream, Op::Graph { nodes, done })
     }
 
+    /// How many graphs there are.
+    pub fn graphs(&self) -> usize {
+        self.graphs.len()
+    }
+
     /// Milliseconds between two completed events.
     pub fn elapsed_ms(&self, from: u64, to: u64) -> Result<f32> {
         let at = |event| {
@@ -316,6 +321,14 @@ impl Queues {
         self.run_until(on, |q| {
             q.events.get(&event).is_none_or(|e| e.completed >= version)
         })
+    }
+
+    /// Whether the event's last recording is complete.
+    pub fn is_complete(&self, event: u64) -> Result<bool> {
+        self.events
+            .get(&event)
+            .map(|e| e.completed >= e.recorded)
+            .ok_or_else(|| no("event", event))
     }
 
     fn run_until(&mut self, on: &mut dyn Execute, reached: impl Fn(&Queues) -> bool) -> Result<()> {

@@ -64,7 +64,7 @@ fn against_cpu(config: &ModelConfig, parts: Parts, prompt: usize, decoded: usize
         4,
         &|_| {},
     );
-    let mut gpu = Rank(gpu.unwrap());
+    let mut gpu = Rank::of(gpu.unwrap());
     let (mut got, mut want) = (Vec::new(), Vec::new());
     let mut from = 0;
     for to in std::iter::once(prompt).chain(prompt + 1..=prompt + decoded) {
@@ -151,7 +151,7 @@ fn gpu_speed_of_the_7b_shape() {
     );
     let bytes =
         loaded.stats.bytes_placed as f64 - (config.vocab_size * config.hidden_size * 2) as f64;
-    let mut rank = Rank(loaded);
+    let mut rank = Rank::of(loaded);
     let mut timed = |from: usize, to: usize| {
         let mut batch = piece(&config, from, to, n_blocks);
         batch.logit_rows = vec![(to - from) as u32 - 1];
