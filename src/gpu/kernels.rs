@@ -62,6 +62,8 @@ pub static ATTENTION_DECODE: Source = source!("attention_decode");
 pub static SAMPLE: Source = source!("sample");
 /// One-shot all-reduce over peer memory.
 pub static ALL_REDUCE: Source = source!("all_reduce");
+/// How fast memory is read; measures, and is no part of the forward pass.
+pub static READ: Source = source!("read");
 
 /// Every kernel file.
 pub static SOURCES: &[&Source] = &[
@@ -74,6 +76,7 @@ pub static SOURCES: &[&Source] = &[
     &ATTENTION_DECODE,
     &SAMPLE,
     &ALL_REDUCE,
+    &READ,
 ];
 
 /// Options besides the architecture; part of the cache's key.

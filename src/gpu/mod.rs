@@ -21,6 +21,7 @@ pub mod memory;
 pub mod nccl;
 pub mod nvrtc;
 mod one_shot;
+pub mod probe;
 mod products;
 mod rank;
 mod sampling;

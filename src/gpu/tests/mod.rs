@@ -2,6 +2,7 @@
 
 mod against_cpu;
 mod on_gpu;
+mod probe;
 
 use super::standin::{Edit, Options, Standin};
 use super::*;
