@@ -241,6 +241,9 @@ pub struct PlanArgs {
 /// `tandem doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
+    /// Measure memory, links, products and sums over ranks too, one rank a GPU (takes seconds)
+    #[arg(long)]
+    pub measure: bool,
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
@@ -259,7 +262,9 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Prefill and decode, each beside its limit
     Latency(LatencyArgs),
-    /// The same on several numbers of ranks: speed-up and efficiency
+    /// The model split over the ranks, offloaded on one, and both, beside what the plan predicts
+    Compare(CompareArgs),
+    /// The same as latency on several numbers of ranks: speed-up and efficiency
     Scaling(ScalingArgs),
     /// Measure the machine's ceilings alone
     #[command(hide = true)]
@@ -315,6 +320,23 @@ pub struct LatencyArgs {
     /// Sequences at a time, one run for each
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1")]
     pub batch: Vec<usize>,
+}
+
+/// `tandem bench compare`.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: BenchModelArgs,
+    /// Number of ranks to split over [default: those that the launcher started, else 2]
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// Tokens of a prompt
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub prompt_tokens: usize,
+    /// Sequences at a time
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub batch: usize,
 }
 
 /// `tandem bench scaling`.

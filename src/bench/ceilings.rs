@@ -34,6 +34,10 @@ pub struct RankCeilings {
     pub host: String,
     /// What it runs on.
     pub device: String,
+    /// Bytes of memory that a plan may fill: of its GPU, or of its host for a CPU rank.
+    pub memory: u64,
+    /// Its GPU's UUID, 32 hexadecimal digits.
+    pub gpu_uuid: Option<String>,
     /// Its GPU, on a GPU rank.
     pub gpu: Option<GpuCeilings>,
     /// Its cores reading host memory, in GB/s.
@@ -130,5 +134,71 @@ impl Ceilings {
             Some(gpu) => (gpu.read_gbs, gpu.gemm_tflops),
             None => (rank.host_read_gbs, rank.host_gflops / 1e3),
         })
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Ranks as on a machine of which the figures are known.
+    pub fn h200s(n: usize) -> Ceilings {
+        let sum = |bytes, rows, fused_us, library_us| AllReduce {
+            bytes,
+            rows,
+            fused_us,
+            library_us,
+        };
+        let rank = RankCeilings {
+            host: "node".to_owned(),
+            device: "NVIDIA H200 (GPU 0)".to_owned(),
+            memory: 140 << 30,
+            gpu_uuid: None,
+            gpu: Some(GpuCeilings {
+                read_gbs: 4340.0,
+                gemm_tflops: 783.0,
+                link_gbs: 55.0,
+                link_all_gbs: 54.0,
+                link_beside_cores_gbs: 50.0,
+                cores_beside_link_gbs: 60.0,
+            }),
+            host_read_gbs: 80.0,
+            host_gflops: 2000.0,
+        };
+        let all_reduce = match n {
+            1 => Vec::new(),
+            _ => vec![
+                sum(16384, Some(1), Some(6.0), 13.0),
+                sum(16384 + 10_000_000, None, None, 56.0),
+            ],
+        };
+        Ceilings {
+            hidden: 8192,
+            collective: "peer memory".to_owned(),
+            ranks: vec![rank; n],
+            all_reduce,
+        }
+    }
+
+    #[test]
+    fn a_plan_gets_what_was_measured() {
+        let mut ceilings = h200s(2);
+        ceilings.ranks[1].gpu.as_mut().unwrap().link_all_gbs = 40.0;
+        let rates = ceilings.rates();
+        let gpu = rates.gpu.unwrap();
+        // GPUs are taken to be alike: the slowest speaks for all. Cores are those of the node.
+        assert_eq!((gpu.read_gbs.value, gpu.link_gbs.value), (4340.0, 40.0));
+        assert_eq!(
+            (rates.host_read_gbs.value, rates.host_gemm_tflops.value),
+            (160.0, 4.0)
+        );
+        // The faster way of each size: 6 µs, and 10 MB more in 50 µs more.
+        assert_eq!(
+            (rates.all_reduce_us.value, rates.all_reduce_gbs.value),
+            (6.0, 200.0)
+        );
+        assert!(gpu.read_gbs.measured && rates.all_reduce_gbs.measured);
+        assert!(!rates.file_read_gbs.measured);
+        assert!(!h200s(1).rates().all_reduce_us.measured);
     }
 }

@@ -5,6 +5,8 @@
 //! `limits` counts the bytes and operations that a figure cannot do without.
 
 pub mod ceilings;
+pub mod compare;
+pub mod energy;
 pub mod limits;
 pub mod report;
 pub mod runs;

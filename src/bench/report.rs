@@ -1,15 +1,22 @@
 //! What was measured, as a table for a person and as bars.
 
-use super::ceilings::Ceilings;
+use super::ceilings::{Ceilings, GpuCeilings};
+use super::compare::{Comparison, Way};
 use super::svg::{self, Bar, Panel, figure};
-use super::sweep::{Probed, Row, Sweep};
-use crate::plan::bytes;
+use super::sweep::{Measured, Probed, Row, Sweep};
+use crate::plan::{DeviceKind, Tiers, bytes};
 use std::fmt::Write;
 
 /// The whole sweep as text: ceilings first, then each figure beside its limit.
 pub fn text(sweep: &Sweep) -> String {
     let mut out = format!("{} (tandem {})\n", sweep.model, sweep.version);
-    for probed in &sweep.ceilings {
+    out += &probed_text(&sweep.ceilings);
+    out + "\n" + &rows_text(&sweep.rows)
+}
+
+fn probed_text(all: &[Probed]) -> String {
+    let mut out = String::new();
+    for probed in all {
         let _ = writeln!(out, "\nceilings of {}", ranks(probed.ranks));
         match (&probed.ceilings, &probed.error) {
             (Some(ceilings), _) => out += &ceilings_text(ceilings),
@@ -18,37 +25,35 @@ pub fn text(sweep: &Sweep) -> String {
             }
         }
     }
-    out + "\n" + &rows_text(&sweep.rows)
+    out
 }
 
 /// The ceilings of one number of ranks.
 pub fn ceilings_text(ceilings: &Ceilings) -> String {
-    let mut rows = vec![words(&[
-        "rank",
-        "read GB/s",
-        "products TFLOP/s",
-        "link GB/s",
-        "all links",
-        "beside cores",
-        "cores beside link",
-        "cores GB/s",
-        "cores GFLOP/s",
-    ])];
+    // The columns of a GPU are left out where there is none.
+    let on_gpu: &[(&str, fn(&GpuCeilings) -> f64)] = match ceilings.device() {
+        DeviceKind::Cuda => &[
+            ("read GB/s", |g| g.read_gbs),
+            ("products TFLOP/s", |g| g.gemm_tflops),
+            ("link GB/s", |g| g.link_gbs),
+            ("all links", |g| g.link_all_gbs),
+            ("beside cores", |g| g.link_beside_cores_gbs),
+            ("cores beside link", |g| g.cores_beside_link_gbs),
+        ],
+        DeviceKind::Cpu => &[],
+    };
+    let mut header = words(&["rank"]);
+    header.extend(on_gpu.iter().map(|(name, _)| (*name).to_owned()));
+    header.extend(words(&["cores GB/s", "cores GFLOP/s"]));
+    let mut rows = vec![header];
     for (r, rank) in ceilings.ranks.iter().enumerate() {
-        let gpu = |of: fn(&super::ceilings::GpuCeilings) -> f64| {
+        let gpu = |(_, of): &(_, fn(&GpuCeilings) -> f64)| {
             rank.gpu.as_ref().map_or("-".to_owned(), |g| figure(of(g)))
         };
-        rows.push(vec![
-            r.to_string(),
-            gpu(|g| g.read_gbs),
-            gpu(|g| g.gemm_tflops),
-            gpu(|g| g.link_gbs),
-            gpu(|g| g.link_all_gbs),
-            gpu(|g| g.link_beside_cores_gbs),
-            gpu(|g| g.cores_beside_link_gbs),
-            figure(rank.host_read_gbs),
-            figure(rank.host_gflops),
-        ]);
+        let mut line = vec![r.to_string()];
+        line.extend(on_gpu.iter().map(gpu));
+        line.extend([figure(rank.host_read_gbs), figure(rank.host_gflops)]);
+        rows.push(line);
     }
     let mut out = align(&rows);
     for (r, rank) in ceilings.ranks.iter().enumerate() {
@@ -141,6 +146,87 @@ fn rows_text(rows: &[Row]) -> String {
     out
 }
 
+/// A comparison as text: ceilings first, then each way beside its limit and the plan's prediction.
+pub fn comparison_text(c: &Comparison) -> String {
+    let mut out = format!("{} (tandem {})\n", c.model, c.version) + &probed_text(&c.ceilings);
+    let mut table = vec![words(&[
+        "",
+        "budget",
+        "ready s",
+        "first token ms",
+        "predicted",
+        "a token ms",
+        "p99",
+        "predicted",
+        "limit",
+        "reached",
+        "tokens/s",
+        "J/token",
+        "on GPU",
+        "on host",
+        "in files",
+    ])];
+    for way in &c.ways {
+        let Some(m) = &way.measured else { continue };
+        let ms = |s: f64| figure(1e3 * s);
+        let maybe = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+        // A prediction of the first token is that of a prompt of one length.
+        let ttft = way
+            .predicted
+            .filter(|p| p.prompt_tokens == way.size.prompt_tokens);
+        let tier = |of: fn(&Tiers) -> u64| maybe(way.tiers.as_ref().map(|t| bytes::format(of(t))));
+        let reached = way.decode_limit_s.filter(|_| m.tpot_p50_s > 0.0);
+        table.push(vec![
+            way.name.clone(),
+            maybe(way.gpu_memory.map(bytes::format)),
+            figure(m.ready_s),
+            ms(m.ttft_s),
+            maybe(ttft.map(|p| ms(p.ttft_s))),
+            ms(m.tpot_p50_s),
+            ms(m.tpot_p99_s),
+            maybe(way.predicted.map(|p| ms(p.tpot_s))),
+            maybe(way.decode_limit_s.map(ms)),
+            maybe(reached.map(|s| format!("{:.0}%", 100.0 * s / m.tpot_p50_s))),
+            figure(m.tokens_per_s),
+            maybe(way.joules_per_token.map(figure)),
+            tier(|t| t.device),
+            tier(|t| t.host),
+            tier(|t| t.file),
+        ]);
+    }
+    out.push('\n');
+    if table.len() > 1 {
+        out += &align(&table);
+    }
+    for way in &c.ways {
+        if let Some(error) = &way.error {
+            let _ = writeln!(out, "{}: failed: {error}", way.name);
+        }
+    }
+    out
+}
+
+/// A comparison as a plot.
+pub fn comparison_plot(c: &Comparison) -> String {
+    let bar = |way: &Way, measured: fn(&Measured) -> f64, limit: Option<f64>| Bar {
+        label: way.name.clone(),
+        measured: way.measured.as_ref().map(|m| 1e3 * measured(m)),
+        limit: limit.map(|s| 1e3 * s),
+    };
+    let tokens = |way: &Way| bar(way, |m| m.tpot_p50_s, way.decode_limit_s);
+    let panels = [
+        Panel {
+            title: "a further token, ms (p50)".to_owned(),
+            bars: c.ways.iter().map(tokens).collect(),
+        },
+        Panel {
+            title: "first token, ms".to_owned(),
+            bars: c.ways.iter().map(|w| bar(w, |m| m.ttft_s, None)).collect(),
+        },
+    ];
+    svg::draw(&plot_title(&c.model, &c.ceilings), &panels)
+}
+
 /// What the fullest rank holds, in bytes.
 fn largest_total(row: &Row) -> Option<u64> {
     let ranks = row.measured.as_ref()?.ranks.as_array()?;
@@ -196,13 +282,15 @@ pub fn plot(sweep: &Sweep) -> String {
             |r| r.limits.as_ref().map(|l| l.prefill_s),
         ),
     ];
+    svg::draw(&plot_title(&sweep.model, &sweep.ceilings), &panels)
+}
+
+fn plot_title(model: &str, ceilings: &[Probed]) -> String {
     let device = |p: &Probed| Some(p.ceilings.as_ref()?.ranks.first()?.device.clone());
-    let device = sweep.ceilings.iter().find_map(device);
-    let title = match device {
-        Some(device) => format!("{}, {device}", sweep.model),
-        None => sweep.model.clone(),
-    };
-    svg::draw(&title, &panels)
+    match ceilings.iter().find_map(device) {
+        Some(device) => format!("{model}, {device}"),
+        None => model.to_owned(),
+    }
 }
 
 fn label(row: &Row) -> String {

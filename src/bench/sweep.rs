@@ -24,6 +24,15 @@ pub struct Model {
     pub is_shape: bool,
 }
 
+/// Memory that a rank of a run may use, as its flags say it.
+#[derive(Debug, Clone, Default)]
+pub struct Budgets {
+    /// `--gpu-memory`
+    pub gpu: Option<String>,
+    /// `--host-memory`
+    pub host: Option<String>,
+}
+
 /// What one run took, in seconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Measured {
@@ -39,6 +48,8 @@ pub struct Measured {
     pub tpot_p99_s: f64,
     /// Further tokens of all sequences in a second, at p50.
     pub tokens_per_s: f64,
+    /// From the first token of the first sequence to the last of the last.
+    pub decode_s: f64,
     /// What every rank says of itself.
     pub ranks: Value,
 }
@@ -78,6 +89,17 @@ pub struct Sweep {
     pub ceilings: Vec<Probed>,
     /// The runs, in the order in which they were made.
     pub rows: Vec<Row>,
+}
+
+impl Probed {
+    /// What became of a run of [`probe`].
+    pub fn new(ranks: usize, outcome: Result<Ceilings>) -> Probed {
+        Probed {
+            ranks,
+            error: outcome.as_ref().err().map(Error::to_string),
+            ceilings: outcome.ok(),
+        }
+    }
 }
 
 impl Model {
@@ -137,6 +159,10 @@ pub fn sweep(
             return Err(Error::usage(format!("--{flag} 0: at least 1")));
         }
     }
+    let budgets = Budgets {
+        gpu: args.gpu_memory.clone(),
+        host: args.host_memory.clone(),
+    };
     let mut all = Sweep {
         model: model.name.clone(),
         version: env!("CARGO_PKG_VERSION"),
@@ -157,7 +183,7 @@ pub fn sweep(
                 say(&format!(
                     "{n} rank(s), prompt of {prompt_tokens}, batch of {batch}"
                 ));
-                let outcome = generate(runs, args, model, &size);
+                let outcome = generate(runs, args.device, &budgets, model, &size);
                 let ceilings = probed.as_ref().ok();
                 all.rows.push(Row {
                     size,
@@ -167,16 +193,13 @@ pub fn sweep(
                 });
             }
         }
-        all.ceilings.push(Probed {
-            ranks: n,
-            error: probed.as_ref().err().map(Error::to_string),
-            ceilings: probed.ok(),
-        });
+        all.ceilings.push(Probed::new(n, probed));
     }
     Ok(all)
 }
 
-fn say(what: &str) {
+/// A line on stderr: what is being run.
+pub fn say(what: &str) {
     eprintln!("bench: {what}");
 }
 
@@ -206,7 +229,8 @@ fn device_flag(device: Device) -> [String; 2] {
 /// The run's.
 pub fn generate(
     runs: &Runs<'_>,
-    args: &BenchModelArgs,
+    device: Device,
+    budgets: &Budgets,
     model: &Model,
     size: &Size,
 ) -> Result<Measured> {
@@ -221,13 +245,13 @@ pub fn generate(
     if model.is_shape {
         flag("weights", "random".to_owned());
     }
-    if let Some(budget) = &args.gpu_memory {
+    if let Some(budget) = &budgets.gpu {
         flag("gpu-memory", budget.clone());
     }
-    if let Some(budget) = &args.host_memory {
+    if let Some(budget) = &budgets.host {
         flag("host-memory", budget.clone());
     }
-    flags.extend(device_flag(args.device));
+    flags.extend(device_flag(device));
     measured(&runs.run(&flags, size.ranks)?, size.batch)
 }
 
@@ -254,6 +278,12 @@ fn measured(text: &str, batch: usize) -> Result<Measured> {
         Ok(values)
     };
     let (load_s, ttft_s) = (column("load_s")?[0], column("ttft_s")?[0]);
+    let end = |a: &Value| {
+        let further = a["token_ids"].as_array()?.len().saturating_sub(1) as f64;
+        Some(a["timings"]["ttft_s"].as_f64()? + further * a["timings"]["tpot_s"].as_f64()?)
+    };
+    let ends: Option<Vec<f64>> = answers.iter().map(end).collect();
+    let last = ends.ok_or_else(|| not_ours("lacks tokens or times"))?;
     let tpot_p50_s = column("tpot_p50_s")?[batch / 2];
     Ok(Measured {
         load_s,
@@ -266,6 +296,7 @@ fn measured(text: &str, batch: usize) -> Result<Measured> {
         } else {
             0.0
         },
+        decode_s: last.into_iter().fold(ttft_s, f64::max) - ttft_s,
         ranks: answers[0]["ranks"].clone(),
     })
 }
@@ -276,7 +307,8 @@ mod tests {
 
     fn line(ttft: f64, p50: f64, p99: f64) -> String {
         serde_json::json!({
-            "timings": {"load_s": 2.0, "ttft_s": ttft, "tpot_p50_s": p50, "tpot_p99_s": p99},
+            "timings": {"load_s": 2.0, "ttft_s": ttft, "tpot_s": p50, "tpot_p50_s": p50, "tpot_p99_s": p99},
+            "token_ids": [1, 2, 3],
             "ranks": [{"rank": 0}],
         })
         .to_string()
@@ -294,6 +326,8 @@ mod tests {
         assert_eq!((m.ttft_s, m.ready_s), (0.3, 2.3));
         assert_eq!((m.tpot_p50_s, m.tpot_p99_s), (0.2, 0.9));
         assert!((m.tokens_per_s - 15.0).abs() < 1e-9);
+        // The last sequence ends two tokens of 0.3 s after 0.7 s.
+        assert!((m.decode_s - 1.0).abs() < 1e-9);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `tandem bench`: what users get, beside what the machine could give.
 
+use crate::bench::compare::compare;
 use crate::bench::report;
 use crate::bench::runs::{Runs, with_runs};
 use crate::bench::sweep::{Model, sweep};
@@ -22,6 +23,12 @@ pub fn run(args: BenchArgs) -> Result<()> {
             let ranks = a.ranks.or(runs.launched()).unwrap_or(1);
             lead(runs, &a.model, &[ranks], &a.prompt_tokens, &a.batch)
         }),
+        BenchCommand::Compare(a) => with_runs(a.model.time_limit, |runs| {
+            let compared = compare(runs, &a, &Model::find(&a.model)?)?;
+            write_stdout(&report::comparison_text(&compared))?;
+            write_files(&a.model, &compared, || report::comparison_plot(&compared))?;
+            any_ran(compared.ways.iter().any(|w| w.measured.is_some()))
+        }),
         BenchCommand::Scaling(a) => with_runs(a.model.time_limit, |runs| {
             lead(runs, &a.model, &a.ranks, &a.prompt_tokens, &a.batch)
         }),
@@ -40,7 +47,11 @@ fn lead(
     let swept = sweep(runs, args, &model, ranks, prompts, batches)?;
     write_stdout(&report::text(&swept))?;
     write_files(args, &swept, || report::plot(&swept))?;
-    match swept.rows.iter().any(|r| r.measured.is_some()) {
+    any_ran(swept.rows.iter().any(|r| r.measured.is_some()))
+}
+
+fn any_ran(any: bool) -> Result<()> {
+    match any {
         true => Ok(()),
         false => Err(Error::failed("none of the configurations ran")),
     }

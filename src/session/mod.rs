@@ -57,7 +57,7 @@ struct Model {
 }
 
 /// Tokens of a GPU's prefill chunk: enough that the weights' traffic is hidden behind the products.
-const GPU_STEP_TOKENS: usize = 2048;
+pub const GPU_STEP_TOKENS: usize = 2048;
 
 /// Sequences that share a step; more would only wait for each other.
 const MAX_SEQUENCES: usize = 64;

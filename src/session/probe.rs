@@ -81,11 +81,9 @@ fn on_cores(group: &Group, hidden: usize) -> Result<Ceilings> {
         }
     }
     let rank = |(r, f): (usize, &[f32; 2])| RankCeilings {
-        host: group.hellos()[r].host.clone(),
-        device: group.hellos()[r].device.clone(),
-        gpu: None,
         host_read_gbs: f[0].into(),
         host_gflops: f[1].into(),
+        ..unmeasured(&group.hellos()[r])
     };
     Ok(Ceilings {
         hidden,
@@ -93,6 +91,19 @@ fn on_cores(group: &Group, hidden: usize) -> Result<Ceilings> {
         ranks: all.as_chunks().0.iter().enumerate().map(rank).collect(),
         all_reduce: sums,
     })
+}
+
+/// A rank as it has described itself, before any figure.
+fn unmeasured(hello: &Hello) -> RankCeilings {
+    RankCeilings {
+        host: hello.host.clone(),
+        device: hello.device.clone(),
+        memory: hello.memory,
+        gpu_uuid: hello.gpu_uuid.clone(),
+        gpu: None,
+        host_read_gbs: 0.0,
+        host_gflops: 0.0,
+    }
 }
 
 /// Median time of a sum of `n` numbers over the ranks, in microseconds.
@@ -152,8 +163,6 @@ fn on_gpus(group: &Group, device: Cuda, hidden: usize) -> Result<Ceilings> {
     let rank = |(r, f): (usize, &[f32; N_FIGURES])| {
         let f = f.map(f64::from);
         RankCeilings {
-            host: group.hellos()[r].host.clone(),
-            device: group.hellos()[r].device.clone(),
             gpu: Some(GpuCeilings {
                 read_gbs: f[0],
                 gemm_tflops: f[1],
@@ -164,6 +173,7 @@ fn on_gpus(group: &Group, device: Cuda, hidden: usize) -> Result<Ceilings> {
             }),
             host_read_gbs: f[6],
             host_gflops: f[7],
+            ..unmeasured(&group.hellos()[r])
         }
     };
     Ok(Ceilings {
