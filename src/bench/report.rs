@@ -28,10 +28,13 @@ fn probed_text(all: &[Probed]) -> String {
     out
 }
 
+/// A figure of a GPU and what a table calls it.
+type Column = (&'static str, fn(&GpuCeilings) -> f64);
+
 /// The ceilings of one number of ranks.
 pub fn ceilings_text(ceilings: &Ceilings) -> String {
     // The columns of a GPU are left out where there is none.
-    let on_gpu: &[(&str, fn(&GpuCeilings) -> f64)] = match ceilings.device() {
+    let on_gpu: &[Column] = match ceilings.device() {
         DeviceKind::Cuda => &[
             ("read GB/s", |g| g.read_gbs),
             ("products TFLOP/s", |g| g.gemm_tflops),
@@ -47,9 +50,7 @@ pub fn ceilings_text(ceilings: &Ceilings) -> String {
     header.extend(words(&["cores GB/s", "cores GFLOP/s"]));
     let mut rows = vec![header];
     for (r, rank) in ceilings.ranks.iter().enumerate() {
-        let gpu = |(_, of): &(_, fn(&GpuCeilings) -> f64)| {
-            rank.gpu.as_ref().map_or("-".to_owned(), |g| figure(of(g)))
-        };
+        let gpu = |(_, of): &Column| rank.gpu.as_ref().map_or("-".to_owned(), |g| figure(of(g)));
         let mut line = vec![r.to_string()];
         line.extend(on_gpu.iter().map(gpu));
         line.extend([figure(rank.host_read_gbs), figure(rank.host_gflops)]);
