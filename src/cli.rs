@@ -31,6 +31,8 @@ pub enum Command {
     Plan(PlanArgs),
     /// Show what this machine offers: CPU, memory, launcher, CUDA libraries, GPUs
     Doctor(DoctorArgs),
+    /// Measure latency and throughput beside what the machine could give
+    Bench(BenchArgs),
     /// Compile the GPU kernels ahead of time, on a machine without a GPU (a login node)
     Kernels(KernelsArgs),
     /// Print the completion script of a shell
@@ -162,6 +164,14 @@ pub struct GenerateArgs {
     /// Use N made-up tokens as the prompt, to measure (needs no tokenizer)
     #[arg(long, value_name = "N", group = "source")]
     pub prompt_tokens: Option<usize>,
+    /// Answer that many made-up prompts at a time
+    #[arg(
+        long,
+        value_name = "N",
+        requires = "prompt_tokens",
+        default_value_t = 1
+    )]
+    pub batch: usize,
     /// Put the prompt through the model's chat template as the user's message
     #[arg(long)]
     pub chat: bool,
@@ -240,6 +250,149 @@ pub struct PlanArgs {
 /// `tandem doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
+    /// Measure memory, links, products and sums over ranks too, one rank a GPU (takes seconds)
+    #[arg(long)]
+    pub measure: bool,
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `tandem bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+/// The subcommands of `tandem bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Prefill and decode, each beside its limit
+    Latency(LatencyArgs),
+    /// The model split over the ranks, offloaded on one, and both, beside what the plan predicts
+    Compare(CompareArgs),
+    /// The same as latency on several numbers of ranks: speed-up and efficiency
+    Scaling(ScalingArgs),
+    /// Measure the machine's ceilings alone
+    #[command(hide = true)]
+    Probe(ProbeArgs),
+}
+
+/// What every benchmark runs.
+#[derive(Debug, Args)]
+pub struct BenchModelArgs {
+    /// Model folder, or a published shape such as qwen2.5-72b (with random weights)
+    #[arg(short, long, value_name = "DIR|SHAPE")]
+    pub model: PathBuf,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// GPU memory that a rank may use, e.g. 40GiB [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
+    /// Host memory that a rank may use, e.g. 40GiB [default: what the job's limit leaves]
+    #[arg(long, value_name = "SIZE")]
+    pub host_memory: Option<String>,
+    /// Tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_tokens: usize,
+    /// Seconds that one run may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    pub time_limit: u64,
+    /// Write everything that was measured to a file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Draw it
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+/// `tandem bench latency`.
+#[derive(Debug, Args)]
+pub struct LatencyArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: BenchModelArgs,
+    /// Number of ranks [default: those that the launcher started, else 1]
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// Tokens of a prompt, one run for each
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "1024"
+    )]
+    pub prompt_tokens: Vec<usize>,
+    /// Sequences at a time, one run for each
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<usize>,
+}
+
+/// `tandem bench compare`.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: BenchModelArgs,
+    /// Number of ranks to split over [default: those that the launcher started, else 2]
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// Tokens of a prompt
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub prompt_tokens: usize,
+    /// Sequences at a time
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub batch: usize,
+}
+
+/// `tandem bench scaling`.
+#[derive(Debug, Args)]
+pub struct ScalingArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: BenchModelArgs,
+    /// Numbers of ranks, one run for each; under srun no more than it started
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "1,2"
+    )]
+    pub ranks: Vec<usize>,
+    /// Tokens of a prompt, one run for each
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "1024"
+    )]
+    pub prompt_tokens: Vec<usize>,
+    /// Sequences at a time, one run for each
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<usize>,
+}
+
+/// `tandem bench probe`.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Start this many ranks on this machine
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// Width of the residual stream in the sums over ranks
+    #[arg(long, value_name = "N", default_value_t = crate::bench::ceilings::DEFAULT_HIDDEN)]
+    pub hidden: usize,
+    /// Seconds to wait for all ranks to arrive
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub rendezvous_timeout: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub rank: RankArgs,
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,

@@ -30,6 +30,10 @@ pub struct Timings {
     pub ttft_s: f64,
     /// Mean time of a further token; 0 where there was none.
     pub tpot_s: f64,
+    /// Half of the further tokens took no longer than this.
+    pub tpot_p50_s: f64,
+    /// 99 in 100 of them took no longer than this.
+    pub tpot_p99_s: f64,
 }
 
 /// One answer, as `--json` prints it.

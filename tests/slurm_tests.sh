@@ -104,6 +104,36 @@ sbatch_with_srun() {
     matches sbatch-srun 2
 }
 
+# The script as it is, but for the GPUs that this machine has not.
+sbatch_split() {
+    printf '%s\n' "$numbers" >"$work/prompts.txt"
+    passes split 120 env TANDEM="$tandem" sbatch --wait --gpus=0 --cpus-per-task=1 --time=5 \
+        --output="$work/split.answers" --error="$work/split.log" launch/split.sbatch "$model" "$work/prompts.txt" \
+        --device cpu --max-tokens 64 --temperature 0 --logprobs
+    cp "$work/split.answers" "$work/split.out"
+    cp "$work/split.log" "$work/split.err"
+    matches split 2
+}
+
+# One step whose tasks start the ranks of every run: 1 and 2 of the 3 that there are.
+srun_bench() {
+    passes bench 120 srun -n 3 "$tandem" bench scaling --model tests/golden/models/qwen2-tied --device cpu \
+        --ranks 1,2,4 --prompt-tokens 20 --max-tokens 8 --json "$work/bench.json"
+    if ! python3 - "$work/bench.json" <<'PYTHON'; then
+import json, sys
+
+rows = json.load(open(sys.argv[1], encoding="utf-8"))["rows"]
+got = [(row["size"]["ranks"], len((row["measured"] or {}).get("ranks", []))) for row in rows]
+assert got == [(1, 1), (2, 2), (4, 0)], got
+assert "the launcher started 3" in rows[2]["error"], rows[2]
+PYTHON
+        echo "FAILED bench: not the expected report" >&2
+        tail -n 40 "$work/bench.out" "$work/bench.err" >&2
+        exit 1
+    fi
+    passed bench
+}
+
 # What torchrun would set for each of two processes on one node.
 torchrun_variables() {
     local port rank1
@@ -169,6 +199,8 @@ srun_world_sizes
 srun_mpi
 sbatch_without_srun
 sbatch_with_srun
+sbatch_split
+srun_bench
 torchrun_variables
 srun_killed_rank
 srun_missing_rank

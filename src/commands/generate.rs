@@ -46,13 +46,14 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
     let sampling = Sampling::new(&args.sampling, &GenerationConfig::from_dir(dir)?)?;
     let (tokenizer, jobs) = match args.prompt_tokens {
         Some(0) => return Err(Error::usage("--prompt-tokens 0: at least 1")),
-        Some(n) => (
-            None,
-            vec![Job {
-                prompt: made_up(n, config.vocab_size),
+        Some(_) if args.batch == 0 => return Err(Error::usage("--batch 0: at least 1")),
+        Some(n) => {
+            let job = |i| Job {
+                prompt: made_up(n, i, config.vocab_size),
                 extra: Map::new(),
-            }],
-        ),
+            };
+            (None, (0..args.batch).map(job).collect())
+        }
         None => {
             let tokenizer = tokenizer(dir)?;
             let jobs = jobs(args, &tokenizer, config.vocab_size)?;
@@ -115,9 +116,10 @@ fn tokenizer(dir: &Path) -> Result<Result<Tokenizer>> {
     }
 }
 
-/// Token ids without a meaning, spread over the vocabulary.
-fn made_up(n: usize, vocab_size: usize) -> Vec<u32> {
-    (0..n).map(|i| (i * 7919 % vocab_size) as u32).collect()
+/// Token ids without a meaning, spread over the vocabulary; no two prompts of a batch are alike.
+fn made_up(n: usize, index: usize, vocab_size: usize) -> Vec<u32> {
+    let token = |i: usize| ((i * 7919 + index * 31) % vocab_size) as u32;
+    (0..n).map(token).collect()
 }
 
 /// Reads and tokenizes what is to be answered.
@@ -301,7 +303,7 @@ fn utf8(bytes: Vec<u8>) -> Result<String> {
 
 /// Runs all jobs; a single one is streamed as text unless JSON is wanted.
 fn answer(args: &GenerateArgs, engine: &mut Engine<'_>, work: Work, report: Report) -> Result<()> {
-    let as_json = args.json || args.prompts.is_some();
+    let as_json = args.json || args.prompts.is_some() || args.batch > 1;
     let start = Instant::now();
     let mut running: HashMap<SeqId, (usize, Generation)> = HashMap::new();
     let mut done: Vec<Option<Answer>> = Vec::new();

@@ -87,8 +87,8 @@ pub struct Generation {
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
     extra: Map<String, Value>,
-    first_token_s: f64,
-    last_token_s: f64,
+    /// When each token came, in seconds from the request.
+    times: Vec<f64>,
 }
 
 impl Generation {
@@ -110,18 +110,13 @@ impl Generation {
             tokens: Vec::new(),
             logprobs: Vec::new(),
             extra,
-            first_token_s: 0.0,
-            last_token_s: 0.0,
+            times: Vec::new(),
         })
     }
 
     /// Takes in a token; returns the text that is now final, and why the answer ends if it does.
     pub fn take(&mut self, event: &Event, start: Instant) -> (String, Option<FinishReason>) {
-        let now = start.elapsed().as_secs_f64();
-        if self.tokens.is_empty() {
-            self.first_token_s = now;
-        }
-        self.last_token_s = now;
+        self.times.push(start.elapsed().as_secs_f64());
         self.tokens.push(event.token);
         self.logprobs.push(event.logprob);
         let mut decoded = String::new();
@@ -152,23 +147,13 @@ impl Generation {
         report: &Report,
         logprobs: bool,
     ) -> Answer {
-        let further = self.tokens.len().saturating_sub(1);
-        let tpot_s = if further == 0 {
-            0.0
-        } else {
-            (self.last_token_s - self.first_token_s) / further as f64
-        };
         Answer {
             text: self.text,
             token_ids: self.tokens,
             prompt_token_ids: self.prompt,
             logprobs: logprobs.then_some(self.logprobs),
             finish_reason,
-            timings: Timings {
-                load_s: report.load_s,
-                ttft_s: self.first_token_s,
-                tpot_s,
-            },
+            timings: timings(report.load_s, &self.times),
             ranks: report.ranks.clone(),
             extra: self.extra,
         }
@@ -177,5 +162,42 @@ impl Generation {
     /// The text so far.
     pub fn text(&self) -> &str {
         &self.text
+    }
+}
+
+/// The times of an answer whose tokens came at `times`.
+fn timings(load_s: f64, times: &[f64]) -> Timings {
+    let mut gaps: Vec<f64> = times.windows(2).map(|w| w[1] - w[0]).collect();
+    gaps.sort_by(f64::total_cmp);
+    let mean = gaps.iter().sum::<f64>() / gaps.len().max(1) as f64;
+    // The smallest gap that no more than the rest exceeds.
+    let at = |percent: usize| {
+        let rank = (gaps.len() * percent).div_ceil(100);
+        gaps.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
+    };
+    Timings {
+        load_s,
+        ttft_s: times.first().copied().unwrap_or(0.0),
+        tpot_s: mean,
+        tpot_p50_s: at(50),
+        tpot_p99_s: at(99),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_those_of_the_gaps_between_tokens() {
+        let none = timings(1.0, &[2.0]);
+        assert_eq!((none.ttft_s, none.tpot_s, none.tpot_p99_s), (2.0, 0.0, 0.0));
+        // 99 gaps of 1 and one of 101: the mean is 2, the slowest of a hundred is beyond the 99th.
+        let mut times: Vec<f64> = (0..=99).map(f64::from).collect();
+        times.push(200.0);
+        let t = timings(0.0, &times);
+        assert_eq!((t.tpot_s, t.tpot_p50_s, t.tpot_p99_s), (2.0, 1.0, 1.0));
+        times.push(301.0);
+        assert_eq!(timings(0.0, &times).tpot_p99_s, 101.0);
     }
 }

@@ -1,5 +1,6 @@
 //! The subcommands, one file each.
 
+pub mod bench;
 pub mod chat;
 pub mod doctor;
 pub mod generate;
@@ -21,6 +22,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Chat(args) => chat::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();

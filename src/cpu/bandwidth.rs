@@ -7,36 +7,61 @@ use super::scratch::Scratch;
 use super::simd::{Lanes, Simd};
 use std::time::Instant;
 
+/// How many sequential streams a thread may read side by side: which is fastest differs between processors.
+pub const STREAMS: [usize; 3] = [1, 4, 8];
+
+/// Memory that the threads of a pool read again and again, each its own part.
+pub struct ReadBuffer {
+    scratch: Scratch,
+    len: usize,
+}
+
+impl ReadBuffer {
+    /// About `bytes`; each thread touches first what it will read, so that the pages are near it.
+    pub fn new(pool: &Pool, bytes: usize) -> ReadBuffer {
+        let len = (bytes / size_of::<f32>()).max(1);
+        let mut scratch = Scratch::new();
+        let shards = Shards::new(scratch.get_on_large_pages(len));
+        pool.run(|tid, n| {
+            let range = piece(len, tid, n);
+            // SAFETY: the pieces are disjoint.
+            unsafe { shards.part(range.start, range.len()) }.fill(1.0);
+        });
+        ReadBuffer { scratch, len }
+    }
+
+    /// Bytes of one pass.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<f32>()
+    }
+
+    /// Seconds of one pass of all threads, each reading its part as `streams` sequential streams.
+    pub fn pass(&mut self, pool: &Pool, streams: usize) -> f64 {
+        let buffer = &*self.scratch.get(self.len);
+        let isa = pool.isa();
+        let start = Instant::now();
+        pool.run(|tid, n| {
+            let data = &buffer[piece(buffer.len(), tid, n)];
+            let largest = isa.dispatch(Read { data, streams });
+            assert!(largest >= 0.0); // uses the result, so that the reads stay
+        });
+        start.elapsed().as_secs_f64()
+    }
+}
+
 /// Sequential read bandwidth of all threads together over a buffer of `bytes`, in GB/s (10⁹ bytes): the best of several passes,
 /// in several orders, after the one that touches the pages.
 ///
 /// For a figure about memory, `bytes` is several times the last-level cache.
 pub fn measure_read_bandwidth(pool: &Pool, bytes: usize) -> f64 {
-    let len = (bytes / size_of::<f32>()).max(1);
-    let mut scratch = Scratch::new();
-    let buffer = scratch.get_on_large_pages(len);
-    // Each thread touches first what it will read, so that the pages are near it.
-    let shards = Shards::new(buffer);
-    pool.run(|tid, n| {
-        let range = piece(len, tid, n);
-        // SAFETY: the pieces are disjoint.
-        unsafe { shards.part(range.start, range.len()) }.fill(1.0);
-    });
-    let buffer = &*buffer;
-    let isa = pool.isa();
+    let mut buffer = ReadBuffer::new(pool, bytes);
     let mut best = f64::INFINITY;
     for _ in 0..5 {
-        for streams in [1, 4, 8] {
-            let start = Instant::now();
-            pool.run(|tid, n| {
-                let data = &buffer[piece(len, tid, n)];
-                let largest = isa.dispatch(Read { data, streams });
-                assert!(largest >= 0.0); // uses the result, so that the reads stay
-            });
-            best = best.min(start.elapsed().as_secs_f64());
+        for streams in STREAMS {
+            best = best.min(buffer.pass(pool, streams));
         }
     }
-    (len * size_of::<f32>()) as f64 / best / 1e9
+    buffer.bytes() as f64 / best / 1e9
 }
 
 /// Reads `data` as several streams side by side: how many suit the hardware's prefetchers differs between processors, and a

@@ -44,7 +44,7 @@ mod simd_portable;
 pub use crate::model::Limits;
 pub use attention::{AttentionShape, KV_BLOCK, SeqView};
 pub use backend::{CpuBackend, HostBuf, HostWeight};
-pub use bandwidth::{measure_fma_rate, measure_read_bandwidth};
+pub use bandwidth::{ReadBuffer, STREAMS, measure_fma_rate, measure_read_bandwidth};
 pub use embed::embed;
 pub use isa::Isa;
 pub use matmul::{Kernels, Matrix, few_rows};

@@ -64,6 +64,8 @@ pub static SAMPLE: Source = source!("sample");
 pub static HANDOVER: Source = source!("handover");
 /// One-shot all-reduce over peer memory.
 pub static ALL_REDUCE: Source = source!("all_reduce");
+/// How fast memory is read; measures, and is no part of the forward pass.
+pub static READ: Source = source!("read");
 
 /// Every kernel file.
 pub static SOURCES: &[&Source] = &[
@@ -77,6 +79,7 @@ pub static SOURCES: &[&Source] = &[
     &SAMPLE,
     &HANDOVER,
     &ALL_REDUCE,
+    &READ,
 ];
 
 /// Options besides the architecture; part of the cache's key.

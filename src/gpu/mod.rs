@@ -22,6 +22,7 @@ pub mod nccl;
 pub mod nvrtc;
 pub mod offload;
 mod one_shot;
+pub mod probe;
 mod products;
 mod rank;
 pub mod regions;

@@ -3,6 +3,7 @@
 //! Each rank looks at its own files and machine first, then they meet, so that whatever is wrong anywhere is shown
 //! once, before a byte of weights is read.
 
+mod probe;
 mod site;
 
 use crate::cli::{ModelArgs, Weights};
@@ -18,6 +19,7 @@ use crate::plan::{self, DeviceKind, Plan, Shard};
 use crate::weights::{self, Arena, Checkpoint, Dtype, LoadStats, LocalMatrix, Source};
 use crate::world::{Group, Hello, MeetOptions, World, WorldFlags};
 use crate::{Error, Result};
+pub use probe::probe;
 use serde::{Deserialize, Serialize};
 use site::Site;
 use std::collections::HashMap;
@@ -58,13 +60,13 @@ struct Model {
 }
 
 /// Tokens of a GPU's prefill chunk: enough that the weights' traffic is hidden behind the products.
-const GPU_STEP_TOKENS: usize = 2048;
+pub const GPU_STEP_TOKENS: usize = 2048;
 
 /// The same where every step passes over weights that are not on the GPU.
 const OFFLOAD_STEP_TOKENS: usize = 8192;
 
-/// Sequences that share a step; more would only wait for each other's memory traffic on a CPU.
-const MAX_SEQUENCES: usize = 32;
+/// Sequences that share a step; more would only wait for each other.
+const MAX_SEQUENCES: usize = 64;
 
 /// Runs `lead` on rank 0 with a ready engine, and the other ranks beside it, until the work is done.
 ///

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 pub use group::{End, Group, MeetOptions};
 pub use hello::Hello;
-pub use spawn::Children;
+pub use spawn::{Children, ends_with_this_thread};
 
 use crate::{Error, Result};
 

@@ -38,7 +38,6 @@ pub(super) fn spawn_ranks(size: usize) -> Result<World> {
 }
 
 fn start(place: &str) -> io::Result<Child> {
-    let parent = std::process::id();
     // Not `current_exe`: this name still leads to the program when its file has been replaced.
     let mut command = Command::new("/proc/self/exe");
     command
@@ -49,6 +48,13 @@ fn start(place: &str) -> io::Result<Child> {
     if let Some(name) = std::env::args_os().next() {
         command.arg0(name);
     }
+    ends_with_this_thread(&mut command);
+    command.spawn()
+}
+
+/// The process of `command` is killed when the thread that starts it ends, however it ends.
+pub fn ends_with_this_thread(command: &mut Command) {
+    let parent = std::process::id();
     let with_parent = move || {
         // SAFETY: both calls take and return plain integers and are safe between fork and exec.
         let (set, now) = unsafe {
@@ -59,13 +65,12 @@ fn start(place: &str) -> io::Result<Child> {
         };
         // The parent may have ended before the wish was heard.
         if set != 0 || now as u32 != parent {
-            return Err(io::Error::other("rank 0 is gone"));
+            return Err(io::Error::other("the process that starts this one is gone"));
         }
         Ok(())
     };
     // SAFETY: the closure neither allocates on its way to success nor takes a lock.
     unsafe { command.pre_exec(with_parent) };
-    command.spawn()
 }
 
 /// The place that rank 0 gave this process, if it was started that way.

@@ -461,7 +461,20 @@ def all_gather(d, i, ranks=None, n=None, rounds=5):
     return 0.0
 
 
-CASES = [embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, handover, attention_decode, attention_prefill, all_reduce, all_gather]
+def read(d, i, n=None, grid=None):
+    """Every word is read once: sums of integers are exact."""
+    n, grid, block = n or i.random.choice([0, 1, 31, 777, 5000]), grid or i.random.randint(1, 5), i.random.choice([32, 96, 512])
+    data = torch.randint(-2**31, 2**31, (max(n, 1), 4), generator=i.generator, dtype=torch.int64).to(torch.int32).to(i.device)
+    total = torch.zeros(1, dtype=torch.int32, device=i.device)
+    d.launch("read", "read_sum", grid, block, data, total, n)
+    d.synchronize()
+    got, want = total.item() % 2**32, int(data[:n].long().sum()) % 2**32
+    if got != want:
+        raise Mismatch(f"read: {got} instead of {want}")
+    return 0.0
+
+
+CASES = [read, embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, handover, attention_decode, attention_prefill, all_reduce, all_gather]
 
 QWEN_HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128), "72B/2": (32, 4, 128), "14B": (40, 8, 128)}
 # The same cases at the sizes of real models, for a GPU.

@@ -5,6 +5,7 @@ mod ahead;
 mod ending;
 mod offloaded;
 mod on_gpu;
+mod probe;
 
 use super::standin::{Edit, Options, Standin};
 use super::*;
