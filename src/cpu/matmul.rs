@@ -107,7 +107,7 @@ impl Kernels {
 pub fn few_rows(pool: &Pool, x: &[f32], m: usize, w: Matrix<'_>, y: &mut [f32]) {
     assert_eq!(x.len(), m * w.cols);
     assert_eq!(y.len(), m * w.rows);
-    gemv::gemv(pool, x, m, w, w.rows, Epilogue::Bias(None), y);
+    gemv::shared_out(pool, x, m, w, y);
 }
 
 #[cfg(test)]

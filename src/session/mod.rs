@@ -351,16 +351,18 @@ fn pool_share(group: &Group) -> Vec<usize> {
     cpu::share_of_cpus(&cores, index, of)
 }
 
-/// The cores that multiply a share of what is not on the GPU: all of this rank's but one, which drives the GPU.
+/// The CPUs that multiply a share of what is not on the GPU: all of this rank's but one, which drives the GPU. Unlike
+/// arithmetic, reading memory gains from every hardware thread of a core.
 fn host_cores(group: &Group) -> gpu::Cores {
-    let cores = cpu::physical_cores(&group.hellos()[group.rank()].cpus);
-    let mut cpus = pool_share(group);
+    let mine = &group.hellos()[group.rank()].cpus;
+    let (index, of) = sharers(group);
+    let mut cpus = cpu::share_of_cpus(mine, index, of);
     if cpus.len() >= 4 {
         cpus.remove(0);
     }
     gpu::Cores {
         cpus,
-        exclusive: !cpu::oversubscribed(&cores, sharers(group).1),
+        exclusive: !cpu::oversubscribed(mine, of),
     }
 }
 
