@@ -283,6 +283,8 @@ mod tests {
     use super::super::DeviceKind;
     use super::*;
     use crate::config::{SHAPES, named_shape};
+    use crate::gpu::regions::Region;
+    use crate::weights::LocalMatrix;
 
     fn need(name: &str, tp_size: usize, rank: usize) -> (GpuNeed, u64) {
         let config = named_shape(name).unwrap();
@@ -294,7 +296,14 @@ mod tests {
             n_kv_blocks: 256,
         };
         let g = Geometry::new(&config, &shard).unwrap();
-        let allocated = load::device_bytes(&shard.matrices(&config, request.dtype), &g) as u64;
+        // As the loader does: the region of every matrix that stays here, each at its own aligned place.
+        let matrices = shard.matrices(&config, request.dtype);
+        let whole = |m: &LocalMatrix| -> u64 {
+            let layout = g.layout(&m.name, m.rows, m.cols);
+            let [here, ..] = Region::cut(m, layout, Cut::default()).unwrap();
+            (here.bytes() as u64).next_multiple_of(DEVICE_ALIGN)
+        };
+        let allocated = matrices.iter().map(whole).sum();
         let need = GpuNeed::new(&config, &request, &shard, &limits).unwrap();
         (need, allocated)
     }
