@@ -4,12 +4,21 @@ use crate::cli::{Device, PlanArgs};
 use crate::config::{ModelConfig, SHAPES, named_shape};
 use crate::model::check_tensors;
 use crate::output::{write_json, write_stdout};
-use crate::plan::{self, DeviceKind, Plan, Rates};
+use crate::plan::{self, DeviceKind, Options, Plan, Rates};
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
+use serde::Serialize;
 
 /// Tokens of a sequence where `--context` does not say.
 const DEFAULT_CONTEXT: usize = 4096;
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    plan: &'a Plan,
+    options: &'a Options,
+}
 
 /// Runs the command.
 ///
@@ -70,10 +79,14 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             args.ranks,
         )
     };
-    let plan = Plan::new(&config, &request)?;
+    let plan = Plan::for_run(&config, &request)?;
+    let options = Options::new(&plan);
     if args.json {
-        write_json(&plan)
+        write_json(&Report {
+            plan: &plan,
+            options: &options,
+        })
     } else {
-        write_stdout(&plan.to_string())
+        write_stdout(&format!("{plan}\n{options}"))
     }
 }

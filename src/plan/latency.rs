@@ -1,33 +1,55 @@
-//! The predicted speed: a roofline per step.
+//! The predicted speed: a roofline per step, of partners that work at once.
 //!
 //! A step of n tokens takes, on the slowest rank,
 //!
 //! ```text
-//! step(n) = max(read, flops / gemm) + all_reduce
+//! step(n)    = max(own, host, file) + hand_over
 //!
-//! read       = device / device_read + host / host_path + file / file_read
+//! own        = max(read / device_read, flops / gemm) + all_reduce + n_layers · LAYER_S + STEP_S
+//! host       = pinned / (link + cores) + file / link
+//! file       = file / file_read
 //! flops      = 2 n · matrix elements + 2 S · head elements + 4 n c · n_heads_local · head_dim · n_layers
-//! all_reduce = 2 n_layers · (latency + 4 or 2 bytes · n · hidden / bandwidth), 0 on one rank
+//! all_reduce = (2 n_layers + 1) · (latency + 4 or 2 bytes · n · hidden / bandwidth), 0 on one rank
 //! ```
 //!
-//! `device`, `host` and `file` are the bytes that the step reads from each memory: all weights but an embedding that is
-//! only looked up (it is the first to leave the GPU), and the KV cache of the sequences; `c` is the tokens each token
-//! attends to, S the rows of logits. `host_path` is the link while prefill streams; a decode step uses the link and the
-//! rank's share of the cores at once. On CPU ranks everything is `host`, and cores and host memory are divided by the
-//! ranks of a node.
+//! `read` is all that the step passes over: the weights but an embedding that is only looked up (it is the first to leave
+//! the GPU), and the KV cache of the sequences; `c` is the tokens each token attends to, S the rows of logits. `pinned`
+//! and `file` are the weights that lie in host memory and in the files. The link fetches ahead of their use, across
+//! matrices and all-reduces, so only the longest of the three shows. `cores` is the rank's part of the node's cores in
+//! steps of up to [`SHARE_ROWS`] tokens and 0 in longer ones, which stream everything; `hand_over` is paid where cores
+//! take part. Together, links and cores do not pass [`MEMORY_OVER_CORES`].
+//!
+//! `read` counts weights that the cores multiply too. That overstates the GPU's work a little where it is nearly the
+//! longest anyway, and keeps a weight on the GPU from looking slower than one on the host.
+//!
+//! On CPU ranks everything is read from host memory; cores and memory are divided by the ranks of a node, and `host`,
+//! `file`, `hand_over` and the fixed costs are 0.
 //!
 //! - tpot: `step(max_seqs)` with every sequence at its full context.
 //! - ttft: the steps of one prompt of [`PROMPT_TOKENS`] tokens, or of the context if that is less, in chunks of
 //!   `max_step_tokens`.
-//!
-//! The memories are taken one after the other, which overstates the time when they work at once; launches, sampling and
-//! the gather of the logits are left out, which understates it.
 
 use super::memory::WeightCount;
 use super::placement::Placed;
-use super::{DeviceKind, Request, Shard};
+use super::{DeviceKind, GpuRates, Rates, Request, Shard};
 use crate::config::ModelConfig;
+use crate::gpu::offload::SHARE_ROWS;
 use serde::Serialize;
+
+/// What a layer's kernels take on a GPU beyond reading and arithmetic: their starts and ends, and those too small to fill
+/// it. Fitted, with [`STEP_S`], to the decode times in the tests below.
+const LAYER_S: f64 = 19e-6;
+/// The same of a step outside the layers: embedding, head, sampling.
+const STEP_S: f64 = 20e-6;
+/// What a product waits for besides memory where the cores have a part in it: they idle from one answer to the next
+/// request. An assumption: two trips over the bus and a pool of threads that wakes up.
+const HAND_OVER_S: f64 = 15e-6;
+/// Products of an offloaded model that a step hands over in each layer: qkv, o, gate and up, down.
+const PRODUCTS_OF_A_LAYER: f64 = 4.0;
+/// What host memory gives to links and cores together, in terms of what the cores alone read in products. An assumption:
+/// a server's cores seldom draw more than half of what its memory channels carry (131 GB/s by 32 cores of a socket whose
+/// eight DDR5 channels carry about 300). Copies come first: the link asks deeper than the cores do.
+const MEMORY_OVER_CORES: f64 = 2.0;
 
 /// Tokens of the answer in [`Prediction::request_s`].
 pub const ANSWER_TOKENS: usize = 64;
@@ -41,14 +63,18 @@ pub const PROMPT_TOKENS: usize = 1024;
 pub enum Bound {
     /// Reading GPU memory.
     DeviceMemory,
-    /// Reading host memory, by the cores or over the link.
+    /// Reading host memory, by the cores alone or by them and the link at once.
     HostMemory,
+    /// Streaming over the link alone.
+    Link,
     /// Reading the model's files.
     File,
     /// Arithmetic.
     Compute,
     /// Waiting for the other ranks.
     AllReduce,
+    /// Starts and ends of kernels.
+    Latency,
 }
 
 impl std::fmt::Display for Bound {
@@ -56,9 +82,11 @@ impl std::fmt::Display for Bound {
         f.write_str(match self {
             Bound::DeviceMemory => "GPU memory",
             Bound::HostMemory => "host memory",
+            Bound::Link => "the link",
             Bound::File => "file reads",
             Bound::Compute => "arithmetic",
             Bound::AllReduce => "all-reduce",
+            Bound::Latency => "starts of kernels",
         })
     }
 }
@@ -90,14 +118,7 @@ pub(super) struct RankLoad {
     pub placed: Placed,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Phase {
-    Prefill,
-    Decode,
-}
-
 struct Step {
-    phase: Phase,
     tokens: usize,
     /// Tokens that each token attends to, on average.
     context: f64,
@@ -109,40 +130,66 @@ struct Step {
 /// Seconds of one step by what they are spent on.
 #[derive(Debug, Clone, Copy, Default)]
 struct Times {
-    device: f64,
-    host: f64,
-    file: f64,
+    read: f64,
     compute: f64,
     all_reduce: f64,
+    latency: f64,
+    /// Streamed while the cores multiply their share.
+    shared: f64,
+    /// Streamed without them.
+    streamed: f64,
+    file: f64,
+    hand_over: f64,
 }
 
 impl Times {
+    /// Of the device that multiplies.
+    fn own(&self) -> f64 {
+        self.read.max(self.compute) + self.all_reduce + self.latency
+    }
+
     fn total(&self) -> f64 {
-        (self.device + self.host + self.file).max(self.compute) + self.all_reduce
+        let host = self.shared.max(self.streamed);
+        self.own().max(host).max(self.file) + self.hand_over
     }
 
     fn plus(self, other: Times) -> Times {
         Times {
-            device: self.device + other.device,
-            host: self.host + other.host,
-            file: self.file + other.file,
+            read: self.read + other.read,
             compute: self.compute + other.compute,
             all_reduce: self.all_reduce + other.all_reduce,
+            latency: self.latency + other.latency,
+            shared: self.shared + other.shared,
+            streamed: self.streamed + other.streamed,
+            file: self.file + other.file,
+            hand_over: self.hand_over + other.hand_over,
         }
     }
 
-    fn bound(&self) -> Bound {
-        [
-            (self.device, Bound::DeviceMemory),
-            (self.host, Bound::HostMemory),
-            (self.file, Bound::File),
+    fn bound(&self, device: DeviceKind) -> Bound {
+        let memory = match device {
+            DeviceKind::Cpu => Bound::HostMemory,
+            DeviceKind::Cuda => Bound::DeviceMemory,
+        };
+        let own = [
+            (self.read, memory),
             (self.compute, Bound::Compute),
             (self.all_reduce, Bound::AllReduce),
-        ]
-        .into_iter()
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map_or(Bound::Compute, |(_, bound)| bound)
+            (self.latency + self.hand_over, Bound::Latency),
+        ];
+        let partners = [
+            (self.own(), longest(&own)),
+            (self.shared, Bound::HostMemory),
+            (self.streamed, Bound::Link),
+            (self.file, Bound::File),
+        ];
+        longest(&partners)
     }
+}
+
+fn longest(terms: &[(f64, Bound)]) -> Bound {
+    let most = terms.iter().max_by(|a, b| a.0.total_cmp(&b.0));
+    most.map_or(Bound::Compute, |(_, bound)| *bound)
 }
 
 pub(super) fn predict(
@@ -160,7 +207,6 @@ pub(super) fn predict(
             .unwrap_or_default()
     };
     let decode = slowest(&Step {
-        phase: Phase::Decode,
         tokens: request.max_seqs,
         context: request.context as f64,
         logit_rows: request.max_seqs,
@@ -172,7 +218,6 @@ pub(super) fn predict(
         for start in (0..prompt_tokens).step_by(max_step_tokens) {
             let tokens = max_step_tokens.min(prompt_tokens - start);
             let chunk = slowest(&Step {
-                phase: Phase::Prefill,
                 tokens,
                 context: start as f64 + (tokens as f64 + 1.0) / 2.0,
                 logit_rows: usize::from(start + tokens == prompt_tokens),
@@ -193,59 +238,92 @@ pub(super) fn predict(
         tpot_s: decode.total(),
         tokens_per_s: request.max_seqs as f64 / decode.total(),
         request_s,
-        ttft_bound: first.bound(),
-        tpot_bound: decode.bound(),
+        ttft_bound: first.bound(request.device),
+        tpot_bound: decode.bound(request.device),
     }
 }
 
 fn times(config: &ModelConfig, request: &Request, rank: &RankLoad, step: &Step) -> Times {
     let rates = &request.rates;
+    let flops = flops(config, rank, step);
+    let all_reduce = all_reduce(config, request, step);
+    let passed_over = rank.weights.bytes - rank.weights.lookup_bytes;
+    let read = passed_over as f64 + rank.placed.bytes.kv as f64 * step.kv_read;
     let sharers = request.ranks_per_node.min(request.tp_size) as f64;
-    let cores = 1e9 * rates.host_read_gbs.value / sharers;
     let gpu = rates.gpu.filter(|_| request.device == DeviceKind::Cuda);
-    let (device_read, host_path, gemm) = match gpu {
-        None => (f64::INFINITY, cores, rates.host_gemm_tflops.value / sharers),
-        Some(gpu) => {
-            let link = 1e9 * gpu.link_gbs.value;
-            let helpers = if step.phase == Phase::Decode {
-                cores
-            } else {
-                0.0
-            };
-            (
-                1e9 * gpu.read_gbs.value,
-                link + helpers,
-                gpu.gemm_tflops.value,
-            )
-        }
+    let Some(gpu) = gpu else {
+        return Times {
+            read: read * sharers / (1e9 * rates.host_read_gbs.value),
+            compute: flops * sharers / (1e12 * rates.host_gemm_tflops.value),
+            all_reduce,
+            ..Times::default()
+        };
     };
-    let [device, host, file] = bytes_read(rank, step);
+    let on_gpu = Times {
+        read: read / (1e9 * gpu.read_gbs.value),
+        compute: flops / (1e12 * gpu.gemm_tflops.value),
+        all_reduce,
+        latency: config.n_layers as f64 * LAYER_S + STEP_S,
+        ..Times::default()
+    };
+    with_host(config, request, &gpu, rank, step, on_gpu)
+}
+
+/// Adds the time of what is not on the GPU.
+fn with_host(
+    config: &ModelConfig,
+    request: &Request,
+    gpu: &GpuRates,
+    rank: &RankLoad,
+    step: &Step,
+    on_gpu: Times,
+) -> Times {
+    let sharers = request.ranks_per_node.min(request.tp_size) as f64;
+    let (pinned, file) = offloaded(rank);
+    if pinned + file == 0.0 {
+        return on_gpu;
+    }
+    let (link, cores) = host_rates(&request.rates, gpu, sharers, step.tokens);
+    let host = pinned / (link + cores) + file / link;
+    let cores_take_part = step.tokens <= SHARE_ROWS;
+    let products = PRODUCTS_OF_A_LAYER * config.n_layers as f64 + 1.0;
     Times {
-        device: device / device_read,
-        host: host / host_path,
-        file: file * sharers / (1e9 * rates.file_read_gbs.value),
-        compute: flops(config, rank, step) / (1e12 * gemm),
-        all_reduce: all_reduce(config, request, step),
+        shared: if cores_take_part { host } else { 0.0 },
+        streamed: if cores_take_part { 0.0 } else { host },
+        file: file * sharers / (1e9 * request.rates.file_read_gbs.value),
+        hand_over: if cores_take_part {
+            products * HAND_OVER_S
+        } else {
+            0.0
+        },
+        ..on_gpu
     }
 }
 
-/// Bytes that a step reads from device, host and file.
-fn bytes_read(rank: &RankLoad, step: &Step) -> [f64; 3] {
-    let (bytes, tiers) = (&rank.placed.bytes, &rank.placed.tiers);
-    let kv = bytes.kv as f64 * step.kv_read;
-    let lookup = rank.weights.lookup_bytes;
-    if tiers.device == 0 {
-        return [0.0, bytes.weights.saturating_sub(lookup) as f64 + kv, 0.0];
+/// Bytes a second of one rank's link and of its part of the cores in a step of so many tokens.
+fn host_rates(rates: &Rates, gpu: &GpuRates, sharers: f64, tokens: usize) -> (f64, f64) {
+    let cores = 1e9 * rates.host_read_gbs.value;
+    let memory = MEMORY_OVER_CORES * cores / sharers;
+    let link = (1e9 * gpu.link_gbs.value).min(memory);
+    if tokens > SHARE_ROWS {
+        return (link, 0.0);
     }
-    let (on_device, pinned) = match rank.placed.placement.embed.is_offloaded() {
-        true => (0, lookup),
-        false => (lookup, 0),
+    // An element has two bytes and takes two operations a token.
+    let by_arithmetic = 1e12 * rates.host_gemm_tflops.value / tokens as f64;
+    let cores = cores.min(by_arithmetic) / sharers;
+    (link, cores.min(memory - link))
+}
+
+/// Bytes of weights that a step fetches from host memory, and from the files.
+fn offloaded(rank: &RankLoad) -> (f64, f64) {
+    let (tiers, placement) = (&rank.placed.tiers, &rank.placed.placement);
+    let looked_up = if placement.embed.is_offloaded() {
+        rank.weights.lookup_bytes
+    } else {
+        0
     };
-    [
-        tiers.weights_on_device.saturating_sub(on_device) as f64 + kv,
-        tiers.weights_pinned.saturating_sub(pinned) as f64,
-        tiers.file as f64,
-    ]
+    let pinned = tiers.weights_pinned.saturating_sub(looked_up);
+    (pinned as f64, tiers.file as f64)
 }
 
 fn flops(config: &ModelConfig, rank: &RankLoad, step: &Step) -> f64 {
@@ -265,5 +343,6 @@ fn all_reduce(config: &ModelConfig, request: &Request, step: &Step) -> f64 {
         * request.device.activation_dtype().size() as f64;
     let rates = &request.rates;
     let one = 1e-6 * rates.all_reduce_us.value + message / (1e9 * rates.all_reduce_gbs.value);
-    2.0 * config.n_layers as f64 * one
+    // One after the embedding, two a layer.
+    (2.0 * config.n_layers as f64 + 1.0) * one
 }

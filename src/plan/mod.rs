@@ -8,6 +8,7 @@ mod gpu;
 mod latency;
 mod memory;
 mod offload;
+mod options;
 mod placement;
 mod rates;
 pub mod shards;
@@ -20,8 +21,9 @@ pub use gpu::{
 };
 pub use latency::{Bound, PROMPT_TOKENS, Prediction};
 pub use memory::{Buffer, KV_BLOCK, RankBytes, kv_bytes_per_block, step_buffers};
+pub use options::{Choice, Fit, Options};
 pub use placement::{Budget, Tiers};
-pub use rates::{A100_40GB, GpuRates, H200, Rate, Rates, SMALL_HOST};
+pub use rates::{A100_40GB, GpuRates, H100_80GB, H200, Rate, Rates, SMALL_HOST};
 pub use shards::Shard;
 
 use crate::config::ModelConfig;
@@ -36,6 +38,10 @@ use serde::Serialize;
 
 /// Tokens of a prefill chunk unless asked otherwise.
 pub const DEFAULT_STEP_TOKENS: usize = 512;
+/// Tokens of a GPU's prefill chunk: enough that the weights' traffic is hidden behind the products.
+pub const GPU_STEP_TOKENS: usize = 2048;
+/// The same where every step passes over weights that are not on the GPU.
+pub const OFFLOAD_STEP_TOKENS: usize = 8192;
 /// Steps of an offloaded plan are not made smaller than this, in tokens, for the sake of memory.
 const LEAST_STEP_TOKENS: usize = 256;
 /// Tokens of a sequence unless asked otherwise, or the model's own limit if that is less.
@@ -215,8 +221,7 @@ impl Plan {
             .max(request.max_seqs);
         let with = |tokens| Plan::with_step_tokens(config, request, n_kv_blocks, tokens);
         let mut best = with(tokens);
-        let fits = |plan: &Plan| plan.ranks.iter().all(|r| r.fits);
-        if request.device == DeviceKind::Cpu || best.as_ref().is_ok_and(fits) {
+        if request.device == DeviceKind::Cpu || best.as_ref().is_ok_and(Plan::fits) {
             return best;
         }
         while tokens / 2 >= LEAST_STEP_TOKENS.max(request.max_seqs) {
@@ -232,6 +237,34 @@ impl Plan {
             }
         }
         best
+    }
+
+    /// Plans with the steps that a run takes: on CPU ranks those of the request; on GPUs [`GPU_STEP_TOKENS`], and where not
+    /// everything fits up to [`OFFLOAD_STEP_TOKENS`], because every step passes over all that is not on the GPU.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`].
+    pub fn for_run(config: &ModelConfig, request: &Request) -> Result<Plan> {
+        if request.device == DeviceKind::Cpu {
+            return Plan::new(config, request);
+        }
+        let with = |max_step_tokens| {
+            let request = Request {
+                max_step_tokens,
+                ..request.clone()
+            };
+            Plan::new(config, &request)
+        };
+        let resident = with(GPU_STEP_TOKENS);
+        if resident.as_ref().is_ok_and(Plan::fits) {
+            return resident;
+        }
+        with(request.context.clamp(GPU_STEP_TOKENS, OFFLOAD_STEP_TOKENS))
+    }
+
+    /// All weights lie in the memory of what multiplies them.
+    pub fn fits(&self) -> bool {
+        self.ranks.iter().all(|r| r.fits)
     }
 
     fn with_step_tokens(
@@ -375,5 +408,7 @@ fn runs(numbers: &[usize]) -> String {
     }
 }
 
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;

@@ -69,10 +69,11 @@ pub(super) struct HostAsk {
 impl HostAsk {
     pub fn new(need: &GpuNeed, resident: &Rows) -> HostAsk {
         let off = offloaded(need, resident);
+        let wanted = need.pinned(&off);
         HostAsk {
-            wanted: need.pinned(&off),
+            wanted,
             least: need.kinds[EMBED].pinned(off[EMBED]),
-            staging: need.staging,
+            staging: need.staging + if wanted > 0 { need.hand_over } else { 0 },
         }
     }
 }

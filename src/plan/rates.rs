@@ -52,7 +52,7 @@ pub struct Rates {
 /// How fast one GPU is.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct GpuRates {
-    /// Reading its own memory in matrix-vector products.
+    /// Reading its own memory, as fast as a kernel that does nothing else.
     pub read_gbs: Rate,
     /// Matrix products.
     pub gemm_tflops: Rate,
@@ -72,23 +72,34 @@ pub const A100_40GB: Rates = Rates {
     host_read_gbs: Rate::assumed(100.0),
     host_gemm_tflops: Rate::assumed(2.0),
     file_read_gbs: Rate::assumed(2.0),
-    all_reduce_us: Rate::assumed(16.0),
+    all_reduce_us: Rate::assumed(8.0),
     all_reduce_gbs: Rate::assumed(150.0),
 };
 
-/// An H200 with NVLink on PCIe 5 and a host with AMX: rounded down from figures taken on one such machine, which still
-/// makes them assumptions on any other.
+/// An H100 of 80 GB with NVLink on PCIe 5 and a host with AMX: rounded figures of one such machine, which still makes
+/// them assumptions on any other.
+pub const H100_80GB: Rates = Rates {
+    assumed_for: "H100 80 GB, NVLink, PCIe 5",
+    gpu: Some(GpuRates {
+        read_gbs: Rate::assumed(3050.0),
+        gemm_tflops: Rate::assumed(650.0),
+        link_gbs: Rate::assumed(55.0),
+    }),
+    ..H200
+};
+
+/// An H200 with NVLink on PCIe 5 and a host with AMX: rounded figures of one such machine.
 pub const H200: Rates = Rates {
     assumed_for: "H200, NVLink, PCIe 5",
     gpu: Some(GpuRates {
-        read_gbs: Rate::assumed(3800.0),
+        read_gbs: Rate::assumed(4400.0),
         gemm_tflops: Rate::assumed(700.0),
         link_gbs: Rate::assumed(55.0),
     }),
     host_read_gbs: Rate::assumed(130.0),
     host_gemm_tflops: Rate::assumed(9.0),
     file_read_gbs: Rate::assumed(2.0),
-    all_reduce_us: Rate::assumed(13.0),
+    all_reduce_us: Rate::assumed(5.0),
     all_reduce_gbs: Rate::assumed(250.0),
 };
 
@@ -104,12 +115,25 @@ pub const SMALL_HOST: Rates = Rates {
 };
 
 impl Rates {
-    /// The assumptions for a device of which nothing was measured; a GPU budget above 100 GB speaks for an H200.
+    /// The assumptions for a device of which nothing was measured; a GPU budget above 100 GB speaks for an H200, one above
+    /// 60 GB for an H100.
     pub fn assumed(device: DeviceKind, gpu_memory: Option<u64>) -> Rates {
+        let above = |limit: u64| gpu_memory.is_some_and(|bytes| bytes > limit);
         match device {
             DeviceKind::Cpu => SMALL_HOST,
-            DeviceKind::Cuda if gpu_memory.is_some_and(|bytes| bytes > 100_000_000_000) => H200,
+            DeviceKind::Cuda if above(100_000_000_000) => H200,
+            DeviceKind::Cuda if above(60_000_000_000) => H100_80GB,
             DeviceKind::Cuda => A100_40GB,
+        }
+    }
+
+    /// The same host without its GPUs: ranks on its cores talk as those of any CPU host do.
+    pub fn of_the_host(&self) -> Rates {
+        Rates {
+            gpu: None,
+            all_reduce_us: SMALL_HOST.all_reduce_us,
+            all_reduce_gbs: SMALL_HOST.all_reduce_gbs,
+            ..*self
         }
     }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 /// Up to this many ranks have a line each, with the ranges they hold; beyond, equal ranks share one.
 const MAX_LINES: usize = 8;
 
-type Row = Vec<String>;
+pub(super) type Row = Vec<String>;
 
 /// What ranks must have in common to share a line.
 type Alike = ([usize; 4], RankBytes, Tiers);
@@ -114,7 +114,7 @@ impl Plan {
             DeviceKind::Cpu => ("host memory", sum(|t| t.host)),
             DeviceKind::Cuda => ("GPU memory", sum(|t| t.device)),
         };
-        if self.ranks.iter().all(|r| r.fits) {
+        if self.fits() {
             return format!("all weights in {place}: {held:.2} GiB over all ranks");
         }
         let mut line = format!(
@@ -187,7 +187,7 @@ fn range(r: &Range<usize>) -> String {
 
 const GIB: f64 = (1u64 << 30) as f64;
 
-fn gib(bytes: u64) -> String {
+pub(super) fn gib(bytes: u64) -> String {
     format!("{:.2}", bytes as f64 / GIB)
 }
 
@@ -195,7 +195,7 @@ fn limit(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "none".to_owned(), gib)
 }
 
-fn seconds(s: f64) -> String {
+pub(super) fn seconds(s: f64) -> String {
     if s < 1.0 {
         format!("{} ms", significant(s * 1e3))
     } else {
@@ -204,7 +204,7 @@ fn seconds(s: f64) -> String {
 }
 
 /// Three digits of a prediction are more than it is worth.
-fn significant(x: f64) -> String {
+pub(super) fn significant(x: f64) -> String {
     match x {
         x if x >= 100.0 => format!("{x:.0}"),
         x if x >= 10.0 => format!("{x:.1}"),
@@ -213,7 +213,7 @@ fn significant(x: f64) -> String {
 }
 
 /// Right-aligned columns two spaces apart; the first is left-aligned.
-fn align(rows: &[Row]) -> String {
+pub(super) fn align(rows: &[Row]) -> String {
     let n_columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..n_columns)
         .map(|c| {

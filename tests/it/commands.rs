@@ -404,12 +404,15 @@ fn plan_prints_a_table_and_json_for_shapes_and_folders() {
         "256GiB",
     ]);
     assert!(
-        table.contains("72.71 billion") && table.contains("40.00"),
+        table.contains("72.71 billion") && table.contains("40.00") && table.contains("* 2 GPUs"),
         "{table}"
     );
     let value: Value =
         serde_json::from_str(&plan(&["--model", "qwen2.5-7b", "--ranks", "3", "--json"])).unwrap();
     assert_eq!(value["ranks"].as_array().unwrap().len(), 3);
+    let asked = |o: &&Value| o["requested"] == true && o["ranks"] == 3 && o["fits"] == "yes";
+    let options = value["options"].as_array().unwrap();
+    assert_eq!(options.iter().filter(asked).count(), 1, "{options:?}");
     let folder = golden("models/qwen3-sharded");
     assert!(plan(&["--model", folder.to_str().unwrap()]).contains("rank"));
 }
