@@ -3,10 +3,13 @@
 #
 #   tests/gpu_slurm.sh DEBS TANDEM MODEL OUT_DIR [TANDEM_MPI]      (as root, on a machine that may be changed: a container)
 #
+# TANDEM_MPI is built where there is Open MPI of the same series (libopenmpi-dev), libclang-dev and no newer glibc, with
+#
+#   cargo build --release --locked --features mpi --bin tandem && strip -o tandem-mpi target/release/tandem
+#
 # DEBS is a folder of .deb files that are unpacked, not installed, where Slurm is missing (no network needed): slurmctld,
-# slurmd, slurm-client, slurm-wlm-basic-plugins, munge, and lib*.deb for whatever they miss. MODEL is the demo model,
-# TANDEM_MPI a build with the feature `mpi`. Every answer is compared with tests/golden/smollm2/golden.json. A table comes
-# last.
+# slurmd, slurm-client, slurm-wlm-basic-plugins, munge, and lib*.deb for whatever they miss. MODEL is the demo model. Every
+# answer is compared with tests/golden/smollm2/golden.json. A table comes last.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=launch/common.sh
@@ -94,7 +97,7 @@ print(f"{equal} of {len(golden)} equal" + "".join(f", close call: {c}" for c in 
 answers() {
     local name=$1 ranks=$2 status=0 start=$EPOCHREALTIME text
     shift 2
-    timeout --kill-after=5 "$limit" "$@" generate --device "$device" --model "$model" --prompts "$out/prompts.jsonl" \
+    timeout --foreground --kill-after=5 "$limit" "$@" generate --device "$device" --model "$model" --prompts "$out/prompts.jsonl" \
         --max-tokens 64 --temperature 0 >"$out/$name.out" 2>"$out/$name.err" </dev/null || status=$?
     if [[ $status -ne 0 ]]; then
         row "" "$name" "exit status $status: $(grep -m1 -E '^tandem: |error' "$out/$name.err")"
@@ -112,7 +115,9 @@ answers() {
 # shellcheck disable=SC2317 # called by the trap
 finish() {
     [[ -e $out/slurm/slurm.conf ]] || return
+    # A step that outlives the daemons would ask for them for ever.
     scancel --signal=KILL --full --user=root 2>/dev/null
+    for _ in {1..20}; do [[ -n $(squeue -h 2>/dev/null) ]] && sleep 0.5; done
     tests/slurm.sh stop "$out/slurm" >&2
 }
 
@@ -126,16 +131,22 @@ PYTHON
 gpus=${TANDEM_SLURM_GPUS:-$(find /dev -maxdepth 1 -name 'nvidia[0-9]*' | sort -V | tr '\n' ' ')}
 [[ -n $gpus ]] || fail "no /dev/nvidia0"
 trap finish EXIT
+# With `timeout --foreground` above, a limit on this script ends what it waits for as well, so that it can clean up.
+trap 'exit 143' TERM INT
 conf=$(TANDEM_SLURM_GPUS=$gpus tests/slurm.sh start "$out/slurm") || fail "no Slurm"
 eval "$conf"
 sinfo -h -o 'node %n: %G, %T' | tee "$out/node"
 
-# Which GPUs each task sees.
+# Which GPUs each task sees: all of them, or one of its own.
 # shellcheck disable=SC2016
-for flags in "--gpus=2" "--gpus-per-task=1"; do
-    seen=$(timeout 30 srun -n 2 "$flags" bash -c 'echo "task $SLURM_PROCID sees $CUDA_VISIBLE_DEVICES"' 2>&1 | sort | tr '\n' ';')
-    row "$([[ $seen == *"task 1 sees"* ]] && echo yes)" "srun $flags" "$seen"
-done
+sees() {
+    local flags=$1 want=$2 seen
+    seen=$(timeout 30 srun --quiet -n 2 "$flags" bash -c 'echo "task $SLURM_PROCID sees ${CUDA_VISIBLE_DEVICES:-nothing}"' 2>&1 |
+        sort | tr '\n' ';')
+    row "$([[ $seen =~ ^$want$ ]] && echo yes)" "srun $flags" "$seen"
+}
+sees --gpus=2 'task 0 sees 0,1;task 1 sees 0,1;'
+sees --gpus-per-task=1 'task 0 sees (0;task 1 sees 1|1;task 1 sees 0);'
 answers srun-1 1 srun -n 1 --gpus=1 "$tandem"
 answers srun-gpus 2 srun -n 2 --gpus=2 "$tandem"
 answers srun-gpus-per-task 2 srun -n 2 --gpus-per-task=1 "$tandem"
@@ -144,8 +155,9 @@ answers srun-gpus-per-task 2 srun -n 2 --gpus-per-task=1 "$tandem"
 printf '#!/bin/bash\nexec srun "$@"\n' >"$out/job.sh"
 # shellcheck disable=SC2317 # called by the shell below
 answers_of_job() {
-    timeout --kill-after=5 "$limit" sbatch --wait --ntasks=2 --gpus=2 --output="$out/job.out" --error="$out/job.err" "$out/job.sh" "$@" >&2
+    timeout --foreground "$((limit - 5))" sbatch --wait --ntasks=2 --gpus=2 --output="$out/job.out" --error="$out/job.err" "$out/job.sh" "$@" >&2
     local status=$?
+    [[ $status -eq 0 ]] || scancel --signal=KILL --full --user=root 2>/dev/null
     cat "$out/job.out" && cat "$out/job.err" >&2
     return "$status"
 }
