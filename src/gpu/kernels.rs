@@ -60,6 +60,8 @@ pub static ATTENTION_DECODE: Source = source!("attention_decode");
 
 /// Greedy choice.
 pub static SAMPLE: Source = source!("sample");
+/// The most likely tokens.
+pub static CANDIDATES: Source = source!("candidates");
 /// One-shot all-reduce over peer memory.
 pub static ALL_REDUCE: Source = source!("all_reduce");
 
@@ -73,6 +75,7 @@ pub static SOURCES: &[&Source] = &[
     &ATTENTION_PREFILL,
     &ATTENTION_DECODE,
     &SAMPLE,
+    &CANDIDATES,
     &ALL_REDUCE,
 ];
 
