@@ -282,10 +282,13 @@ impl<B: Backend> Replica<B> {
         Ok(finishing)
     }
 
-    /// Chooses on the host.
+    /// Chooses on the host, from the most likely tokens where those decide.
     fn sample(&mut self, finishing: &[SeqId]) -> Result<Vec<Sampled>> {
         if finishing.is_empty() {
             return Ok(Vec::new());
+        }
+        if let Some(choices) = self.sample_among_few(finishing)? {
+            return self.take_in(finishing, &choices);
         }
         let known = self.n_tokens_known;
         let sequences = &self.sequences;
@@ -309,6 +312,31 @@ impl<B: Backend> Replica<B> {
         });
         let choices: Vec<Choice> = choices.collect();
         self.take_in(finishing, &choices)
+    }
+
+    fn sample_among_few(&mut self, finishing: &[SeqId]) -> Result<Option<Vec<Choice>>> {
+        let sequences = &self.sequences;
+        let few = |id| sequences.get(id).is_some_and(|s| s.sampling.looks_at_few());
+        if !finishing.iter().all(few) {
+            return Ok(None);
+        }
+        let Some(rows) = self.backend.candidates(&self.activations.logits)? else {
+            return Ok(None);
+        };
+        let choices = finishing.iter().zip(&rows).map(|(id, row)| {
+            let s = sequences.get(id)?;
+            let (likely, position) = (&row.tokens, s.tokens.len());
+            let token = self
+                .sampler
+                .sample_among(likely, &s.tokens, &s.sampling, position)?;
+            let &(logit, _) = likely.iter().find(|c| c.1 == token)?;
+            Some(Choice {
+                token,
+                logit,
+                log_sum_exp: row.log_sum_exp,
+            })
+        });
+        Ok(choices.collect())
     }
 
     /// Appends what was chosen to the sequences that still run.

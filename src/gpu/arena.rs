@@ -1,10 +1,11 @@
 //! One allocation for all step buffers: after the start nothing is allocated any more.
 
+use super::candidates;
 use super::driver::{DevicePtr, Driver};
 use super::geometry::Geometry;
 use super::memory::DeviceBuffer;
 use crate::Result;
-use crate::model::Limits;
+use crate::model::{CANDIDATES, Limits};
 use std::sync::Arc;
 
 /// Every buffer begins at a multiple of this.
@@ -26,6 +27,12 @@ impl StepBuffers {
         let logits = g.vocab.iter().sum::<usize>() * s * f32;
         let gathered = if g.vocab.len() > 1 { logits } else { 0 };
         let parts = attention_parts(g, t, sm_count) * g.n_heads;
+        let [even, odd] = candidates::buffer_bytes(g.vocab_local(), s);
+        let gathered_lists = if gathered > 0 {
+            8 * CANDIDATES * s * g.vocab.len()
+        } else {
+            0
+        };
         let list = vec![
             ("x", t * g.hidden * f32),
             ("h", t * g.hidden * bf16),
@@ -51,6 +58,9 @@ impl StepBuffers {
             ("sample_local", 3 * s * 4),
             ("sample_ranks", 3 * s * g.vocab.len() * 4),
             ("chosen", chosen_bytes(limits)),
+            ("candidates_even", even),
+            ("candidates_odd", odd),
+            ("candidates_ranks", gathered_lists),
             ("batch", batch_words(limits) * 4),
             ("workspace", workspace),
         ];

@@ -17,7 +17,9 @@ use super::sampling::Fetching;
 use super::step::Step;
 use crate::Result;
 use crate::config::ModelConfig;
-use crate::model::{Activations, Backend, Batch, Choice, Fetch, KV_BLOCK, Layer};
+use crate::model::{
+    Activations, Backend, Batch, CANDIDATES, Candidates, Choice, Fetch, KV_BLOCK, Layer,
+};
 use std::sync::Arc;
 
 /// A step buffer: rows of `cols` elements in the arena.
@@ -98,7 +100,8 @@ impl GpuBackend {
         let arena = Arena::new(&driver, &buffers)?;
         let cache = DeviceBuffer::new(&driver, kv_bytes(&g, limits.n_kv_blocks), "KV cache")?;
         let (inv_freq, rope_scale) = config.rope.inv_freq(g.head_dim);
-        let n_logits = limits.max_logit_rows * config.vocab_size;
+        // Candidates of a tiny vocabulary take more room than its logits.
+        let n_logits = limits.max_logit_rows * config.vocab_size.max(2 * CANDIDATES);
         let at = |name: &str, cols: usize| GpuBuf {
             ptr: arena.get(name),
             cols,
@@ -540,6 +543,10 @@ impl Backend for GpuBackend {
 
     fn choices(&mut self, fetch: Fetch) -> Result<Vec<Choice>> {
         self.end_fetch(fetch)
+    }
+
+    fn candidates(&mut self, _: &GpuBuf) -> Result<Option<Vec<Candidates>>> {
+        self.most_likely().map(Some)
     }
 
     fn read_logits<'a>(&'a mut self, logits: &'a GpuBuf) -> Result<&'a [f32]> {

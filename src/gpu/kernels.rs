@@ -62,6 +62,8 @@ pub static ATTENTION_DECODE: Source = source!("attention_decode");
 pub static SAMPLE: Source = source!("sample");
 /// The hand-over of products to the host's cores.
 pub static HANDOVER: Source = source!("handover");
+/// The most likely tokens.
+pub static CANDIDATES: Source = source!("candidates");
 /// One-shot all-reduce over peer memory.
 pub static ALL_REDUCE: Source = source!("all_reduce");
 /// How fast memory is read; measures, and is no part of the forward pass.
@@ -78,6 +80,7 @@ pub static SOURCES: &[&Source] = &[
     &ATTENTION_DECODE,
     &SAMPLE,
     &HANDOVER,
+    &CANDIDATES,
     &ALL_REDUCE,
     &READ,
 ];

@@ -49,6 +49,10 @@ pub struct Kernels {
     pub sample_join: Function,
     /// `sample.cu`
     pub sample_reduce: Function,
+    /// `candidates.cu`
+    pub candidates: Function,
+    /// `candidates.cu`
+    pub candidates_merge: Function,
     /// `attention_prefill.cu`
     pub attention_prefill: Function,
     /// `attention_decode.cu`
@@ -85,6 +89,8 @@ impl Kernels {
             sample_partial: get(&kernels::SAMPLE, "sample_partial")?,
             sample_join: get(&kernels::SAMPLE, "sample_join")?,
             sample_reduce: get(&kernels::SAMPLE, "sample_reduce")?,
+            candidates: get(&kernels::CANDIDATES, "candidates")?,
+            candidates_merge: get(&kernels::CANDIDATES, "candidates_merge")?,
             attention_prefill: by_width(&kernels::ATTENTION_PREFILL, "attention_prefill")?,
             attention_decode: by_width(&kernels::ATTENTION_DECODE, "attention_decode")?,
             attention_combine: by_width(&kernels::ATTENTION_DECODE, "attention_combine")?,

@@ -6,6 +6,7 @@
 pub mod arena;
 mod backend;
 pub mod cache;
+mod candidates;
 pub mod collective;
 pub mod cublaslt;
 pub mod cuda;

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Rows of a message; beyond, the library's ring moves fewer bytes.
 pub const MAX_ROWS: usize = 8;
 /// Words of one rank in a gather, at most.
-const GATHER_WORDS: usize = 512;
+const GATHER_WORDS: usize = 4096;
 /// The driver shares memory in whole pages of this.
 const PAGE: usize = 2 << 20;
 

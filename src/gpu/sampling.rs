@@ -89,7 +89,7 @@ impl GpuBackend {
     }
 
     /// How many of the known tokens are in this rank's part of the vocabulary.
-    fn known_here(&self) -> usize {
+    pub(super) fn known_here(&self) -> usize {
         let before: usize = self.g.vocab[..self.g.tp_rank].iter().sum();
         self.n_known
             .saturating_sub(before)

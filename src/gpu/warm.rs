@@ -57,6 +57,7 @@ impl LoadedRank {
         let rows = self.backend.limits.max_logit_rows.min(n);
         self.run(&sequence(0, n, rows))?;
         if n == SMALLEST {
+            self.backend.candidates(&self.activations.logits)?;
             self.backend.read_logits(&self.activations.logits)?;
         }
         Ok(())

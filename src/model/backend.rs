@@ -108,6 +108,18 @@ pub struct Choice {
     pub log_sum_exp: f64,
 }
 
+/// Tokens of [`Candidates`], at most.
+pub const CANDIDATES: usize = 64;
+
+/// The most likely known tokens of one row of logits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidates {
+    /// Logit and token, most likely first, the lowest id first among equals; fewer than [`CANDIDATES`] where that is all.
+    pub tokens: Vec<(f32, u32)>,
+    /// Natural logarithm of the sum of exp(logit) over all known tokens.
+    pub log_sum_exp: f64,
+}
+
 /// A step's choices on their way to the host.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Fetch(pub(crate) usize);
@@ -176,6 +188,10 @@ pub trait Backend {
     /// Waits for choices on their way.
     fn choices(&mut self, _fetch: Fetch) -> Result<Vec<Choice>> {
         Ok(Vec::new())
+    }
+    /// The most likely known tokens of each row of the step begun last; `None` where the whole logits are at hand anyway.
+    fn candidates(&mut self, _logits: &Self::Buf) -> Result<Option<Vec<Candidates>>> {
+        Ok(None)
     }
     /// The logits of the step begun last on the host, `[S, vocab]`.
     fn read_logits<'a>(&'a mut self, logits: &'a Self::Buf) -> Result<&'a [f32]>;

@@ -5,7 +5,9 @@ mod checkpoint;
 pub mod kv;
 pub mod qwen;
 
-pub use backend::{Activations, Backend, Batch, BatchSeq, CHOSEN, Choice, Fetch, Limits};
+pub use backend::{
+    Activations, Backend, Batch, BatchSeq, CANDIDATES, CHOSEN, Candidates, Choice, Fetch, Limits,
+};
 pub use checkpoint::check_tensors;
 pub use kv::{BlockPool, KV_BLOCK};
 pub use qwen::{Layer, Qwen, forward};

@@ -283,8 +283,6 @@ mod tests {
     use super::super::DeviceKind;
     use super::*;
     use crate::config::{SHAPES, named_shape};
-    use crate::gpu::regions::Region;
-    use crate::weights::LocalMatrix;
 
     fn need(name: &str, tp_size: usize, rank: usize) -> (GpuNeed, u64) {
         let config = named_shape(name).unwrap();

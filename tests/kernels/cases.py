@@ -196,6 +196,31 @@ def sample(d, i, vocab=None, rows=None):
     return max(worst, check("sample over ranks"))
 
 
+def candidates(d, i, vocab=None, rows=None):
+    vocab, rows = vocab or i.random.choice([5, 1000, 20001]), rows or i.random.randint(1, 3)
+    ld, first = vocab + i.random.randint(0, 50), i.random.randint(0, 1000)
+    logits = (4 * i.normal(rows, ld, dtype=F32, scale=3.0)).round() / 4  # ties go to the lowest
+    logits[:, vocab:] = 1e9
+    logits[-1, 0] = -math.inf
+    lists = -(-vocab // 1024)
+    keys = torch.zeros(rows, lists * 64, dtype=torch.int64, device=i.device)
+    d.launch("candidates", "candidates", (lists, rows), 512, logits, vocab, ld, first, keys)
+    while lists > 1:
+        n = lists * 64
+        lists = -(-n // 1024)
+        merged = torch.zeros(rows, lists * 64, dtype=torch.int64, device=i.device)
+        d.launch("candidates", "candidates_merge", (lists, rows), 512, keys, n, 64, n, merged)
+        d.synchronize()
+        keys = merged
+    d.synchronize()
+    for row, found in zip(logits[:, :vocab].cpu().tolist(), keys.cpu().tolist()):
+        want = sorted(range(vocab), key=lambda t: (-row[t], t))[:64]
+        ids = [0xFFFFFFFF - (key & 0xFFFFFFFF) - first for key in found if key]
+        if ids != want:
+            raise Mismatch(f"candidates: {ids[:4]}…, not {want[:4]}…")
+    return 0.0
+
+
 def rope_inputs(i, tokens, n_kv, d_head, far):
     # Blocks in any order, and room for tokens of other sequences.
     blocks = tokens // 4 + 3
@@ -474,7 +499,7 @@ def read(d, i, n=None, grid=None):
     return 0.0
 
 
-CASES = [read, embed, norm, activation, sample, qkv, gemv, gemv_gate_up, gemv_qkv, handover, attention_decode, attention_prefill, all_reduce, all_gather]
+CASES = [read, embed, norm, activation, sample, candidates, qkv, gemv, gemv_gate_up, gemv_qkv, handover, attention_decode, attention_prefill, all_reduce, all_gather]
 
 QWEN_HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128), "72B/2": (32, 4, 128), "14B": (40, 8, 128)}
 # The same cases at the sizes of real models, for a GPU.

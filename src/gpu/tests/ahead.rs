@@ -178,6 +178,7 @@ fn one_step_ahead_gives_the_tokens_of_step_by_step() {
 fn greedy_and_drawn_tokens_share_steps() {
     let drawn = SamplingParams {
         temperature: 0.2,
+        top_k: 20,
         top_p: 0.9,
         repetition_penalty: 1.1,
         seed: 5,

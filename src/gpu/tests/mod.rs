@@ -12,7 +12,9 @@ use super::*;
 use crate::Result;
 use crate::comm::HostCollective;
 use crate::config::ModelConfig;
-use crate::model::{Backend, Batch, BatchSeq, Choice, KV_BLOCK, check_tensors, forward};
+use crate::model::{
+    Backend, Batch, BatchSeq, CANDIDATES, Candidates, Choice, KV_BLOCK, check_tensors, forward,
+};
 use crate::plan::Shard;
 use crate::weights::{Checkpoint, Source};
 use std::path::{Path, PathBuf};
@@ -184,8 +186,16 @@ impl Rank {
         let known = vocab - PADDING;
         let fetch = backend.fetch_choices()?.unwrap();
         let chosen = backend.choices(fetch)?;
+        // Sorting takes the emulation long: not for every position of a prompt.
+        let candidates = match batch.logit_rows.len() {
+            0..=2 => backend.candidates(&activations.logits)?,
+            _ => None,
+        };
         let logits = backend.read_logits(&activations.logits)?.to_vec();
         check_choices(&chosen, &logits, vocab, known);
+        if let Some(candidates) = candidates {
+            check_candidates(&candidates, &logits, vocab, known);
+        }
         Ok(logits)
     }
 }
@@ -204,6 +214,18 @@ fn check_choices(chosen: &[Choice], logits: &[f32], vocab: usize, known: usize) 
         let sum: f64 = row.iter().map(|&l| f64::from(l - max).exp()).sum();
         // Sums of a few hundred to a hundred thousand f32 terms between 0 and 1.
         assert!((c.log_sum_exp - (f64::from(max) + sum.ln())).abs() < 1e-4);
+    }
+}
+
+/// The most likely tokens as the device found them against the row itself, to the bit.
+fn check_candidates(found: &[Candidates], logits: &[f32], vocab: usize, known: usize) {
+    assert_eq!(found.len(), logits.len() / vocab);
+    for (found, row) in found.iter().zip(logits.chunks(vocab)) {
+        let mut all: Vec<(f32, u32)> = row[..known].iter().copied().zip(0..).collect();
+        all.retain(|c| !c.0.is_nan());
+        all.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        all.truncate(CANDIDATES);
+        assert_eq!(found.tokens, all);
     }
 }
 

@@ -1,0 +1,126 @@
+//! The most likely tokens of each row, for sampling on the host without moving the vocabulary there.
+
+use super::backend::GpuBackend;
+use super::driver::{DevicePtr, Function, Launch, args};
+use crate::Result;
+use crate::model::{CANDIDATES, Candidates};
+
+/// Keys that a block of `candidates.cu` looks through.
+const BLOCK: usize = 1024;
+
+/// Lists that a row of `n` entries is cut into.
+pub fn lists(n: usize) -> usize {
+    n.div_ceil(BLOCK)
+}
+
+/// Bytes of the two buffers that take turns while one rank's row of `n` logits is looked through, for `rows` of them.
+pub fn buffer_bytes(n: usize, rows: usize) -> [usize; 2] {
+    let first = lists(n).max(1);
+    [first, lists(first * CANDIDATES)].map(|lists| lists * CANDIDATES * 8 * rows)
+}
+
+impl GpuBackend {
+    /// The most likely known tokens of each wanted row of the step begun last.
+    ///
+    /// # Errors
+    /// Those of the driver, and a lost rank.
+    pub(super) fn most_likely(&mut self) -> Result<Vec<Candidates>> {
+        let s = self.step.n_wanted;
+        if s == 0 {
+            return Ok(Vec::new());
+        }
+        let fetch = self.start_fetch()?;
+        let mut list = self.local_candidates(s)?;
+        let ranks = self.g.vocab.len();
+        if ranks > 1 {
+            let counts = vec![2 * CANDIDATES * s; ranks];
+            let all = self.arena.get("candidates_ranks");
+            // SAFETY: the arena outlives the stream's work.
+            unsafe { self.comm.all_gather(list, &counts, all, self.stream) }?;
+            list = self.arena.get("candidates_even");
+            let from = (all, ranks * CANDIDATES, s * CANDIDATES, CANDIDATES);
+            self.merge_candidates(from, list, s)?;
+        }
+        let bytes = 8 * CANDIDATES * s;
+        let at = self.arena.offset(list);
+        let memory = self.arena.memory();
+        self.logits_host
+            .download(0..bytes, memory, at, self.stream)?;
+        self.synchronize()?;
+        let choices = self.end_fetch(fetch)?;
+        let words: &[u32] = bytemuck::cast_slice(&self.logits_host.as_slice()[..bytes]);
+        let lists = words.chunks(2 * CANDIDATES).zip(&choices);
+        let candidates = lists.map(|(words, choice)| Candidates {
+            tokens: words.as_chunks().0.iter().map_while(token_of).collect(),
+            log_sum_exp: choice.log_sum_exp,
+        });
+        Ok(candidates.collect())
+    }
+
+    /// Enqueues the search among this rank's logits; where the lists will be, one for each row.
+    fn local_candidates(&mut self, s: usize) -> Result<DevicePtr> {
+        let mut buffers = [
+            self.arena.get("candidates_even"),
+            self.arena.get("candidates_odd"),
+        ];
+        let known = self.known_here();
+        if known == 0 {
+            // SAFETY: the arena outlives the stream's work, and the buffer has at least one list for each row.
+            unsafe {
+                self.driver
+                    .fill(buffers[0], 0, 8 * CANDIDATES * s, self.stream)
+            }?;
+            return Ok(buffers[0]);
+        }
+        let (ld, first_id) = (self.g.vocab_local(), self.g.first_row);
+        let args = args![self.logits_local, known, ld, first_id, buffers[0]];
+        let mut n_lists = lists(known);
+        self.run_candidates(self.kernels.candidates, n_lists, s, &args)?;
+        while n_lists > 1 {
+            let n = n_lists * CANDIDATES;
+            self.merge_candidates((buffers[0], n, CANDIDATES, n), buffers[1], s)?;
+            buffers.reverse();
+            n_lists = lists(n);
+        }
+        Ok(buffers[0])
+    }
+
+    /// Enqueues a round of the tournament: from (keys, keys of a row, strides of groups and rows) to shorter lists.
+    fn merge_candidates(
+        &self,
+        (from, n, group_stride, row_stride): (DevicePtr, usize, usize, usize),
+        to: DevicePtr,
+        s: usize,
+    ) -> Result<()> {
+        let args = args![from, n, group_stride, row_stride, to];
+        self.run_candidates(self.kernels.candidates_merge, lists(n), s, &args)
+    }
+
+    fn run_candidates(
+        &self,
+        kernel: Function,
+        n_lists: usize,
+        rows: usize,
+        args: &[super::driver::Arg],
+    ) -> Result<()> {
+        let launch = Launch {
+            grid: [n_lists as u32, rows as u32, 1],
+            block: [512, 1, 1],
+            shared: 0,
+        };
+        self.kernels.run(kernel, &launch, args, self.stream)
+    }
+}
+
+/// Logit and id of a key of `candidates.cu`; `None` for the padding.
+fn token_of(&[low, high]: &[u32; 2]) -> Option<(f32, u32)> {
+    if (low, high) == (0, 0) {
+        return None;
+    }
+    let bits = if high >> 31 == 1 {
+        high & !(1 << 31)
+    } else {
+        !high
+    };
+    Some((f32::from_bits(bits), !low))
+}
