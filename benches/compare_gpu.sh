@@ -77,7 +77,7 @@ time_tandem() {
     shift
     wanted "$who" tandem || return 0
     for try in warm-up timed; do
-        timed "$part" tandem 60 "$tandem" generate --device cuda --model "qwen2.5-$shape" --weights random \
+        timed "$part" tandem 90 "$tandem" generate --device cuda --model "qwen2.5-$shape" --weights random \
             --prompt-tokens "$prompt" --max-tokens "$((tokens + 1))" --ignore-eos --temperature 0 --json "$@"
         [[ $try == timed ]] || sed -i '$d' "$out/results.jsonl"
     done
@@ -97,6 +97,33 @@ time_vllm() {
         VLLM_NO_USAGE_STATS=1 VLLM_ALLREDUCE_USE_SYMM_MEM=0 VLLM_CACHE_ROOT="$out/vllm-cache" \
         python3 benches/peer_vllm.py "$shape" --prompt "$prompt" --tokens "$tokens" $eager "$@"
 }
+
+# The table of what there is, also when a time limit ends this script.
+# shellcheck disable=SC2317 # called by the trap
+table() {
+    local card
+    card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
+    python3 - "$out/results.jsonl" "$shape" "$prompt" "$budget" "${card:-no GPU}" <<'PYTHON' | tee "$out/table.txt"
+import json, sys
+path, shape, prompt, budget, card = sys.argv[1:]
+rows = [json.loads(line) for line in open(path)]
+title = {"one": "one GPU", "two": "two GPUs", "offload": f"one GPU, {budget} GiB"}
+print(f"Qwen2.5-{shape.upper()}, random weights, batch 1, prompt {prompt}, on {card}")
+print(f"{'':18}{'':22}{'ready':>9}{'first token':>13}{'a token':>12}{'tokens/s':>10}  tandem is")
+for part, heading in title.items():
+    ours = next((r for r in rows if r["part"] == part and r["name"] == "tandem" and r["tpot_s"]), None)
+    for r in (r for r in rows if r["part"] == part):
+        if r["tpot_s"] is None:
+            print(f"{heading:18}{r['who']:22} no figure (exit status {r['status']})")
+            continue
+        ratio = "" if ours is None or r is ours else (
+            f"  {r['tpot_s'] / ours['tpot_s']:.2f} times as fast a token, {r['ttft_s'] / ours['ttft_s']:.2f} to the first")
+        print(f"{heading:18}{r['who']:22}{r['load_s']:7.1f} s{r['ttft_s'] * 1e3:10.1f} ms{r['tpot_s'] * 1e3:9.2f} ms"
+              f"{1 / r['tpot_s']:10.1f}{ratio}")
+PYTHON
+    echo "all of it in $out"
+}
+trap table EXIT
 
 peer=(benches/peer_gpu.py)
 if wanted "$who" transformers; then
@@ -120,23 +147,4 @@ if wanted "$parts" offload; then
     time_transformers offload env CUDA_VISIBLE_DEVICES=0 python3 "${peer[@]}" offload "$shape" --gpu-memory "$budget" "${few[@]}"
     time_vllm offload --offload-to "$budget"
 fi
-python3 - "$out/results.jsonl" "$shape" "$prompt" "$budget" <<'PYTHON' | tee "$out/table.txt"
-import json, sys
-path, shape, prompt, budget = sys.argv[1:]
-rows = [json.loads(line) for line in open(path)]
-title = {"one": "one GPU", "two": "two GPUs", "offload": f"one GPU, {budget} GiB"}
-print(f"Qwen2.5-{shape.upper()}, random weights, batch 1, prompt {prompt}")
-print(f"{'':18}{'':22}{'ready':>9}{'first token':>13}{'a token':>12}{'tokens/s':>10}  tandem is")
-for part, heading in title.items():
-    ours = next((r for r in rows if r["part"] == part and r["name"] == "tandem" and r["tpot_s"]), None)
-    for r in (r for r in rows if r["part"] == part):
-        if r["tpot_s"] is None:
-            print(f"{heading:18}{r['who']:22} no figure (exit status {r['status']})")
-            continue
-        ratio = "" if ours is None or r is ours else (
-            f"  {r['tpot_s'] / ours['tpot_s']:.2f} times as fast a token, {r['ttft_s'] / ours['ttft_s']:.2f} to the first")
-        print(f"{heading:18}{r['who']:22}{r['load_s']:7.1f} s{r['ttft_s'] * 1e3:10.1f} ms{r['tpot_s'] * 1e3:9.2f} ms"
-              f"{1 / r['tpot_s']:10.1f}{ratio}")
-PYTHON
-echo "all of it in $out"
 ! grep -q '"tpot_s": null' "$out/results.jsonl"
