@@ -178,6 +178,15 @@ impl<B: Backend> Replica<B> {
         }
     }
 
+    /// Carries out one step by itself: [`Replica::submit`] and [`Replica::collect`].
+    ///
+    /// # Errors
+    /// Theirs.
+    pub fn step(&mut self, plan: &StepPlan) -> Result<Vec<Sampled>> {
+        self.submit(plan)?;
+        self.collect()
+    }
+
     /// The orderly end, on every rank alike; no step follows.
     ///
     /// # Errors

@@ -191,7 +191,8 @@ def sample(d, i, vocab=None, rows=None):
             d.launch("sample", "sample_partial", (parts, rows), 256, local, n, n, *part)
         d.launch("sample", "sample_join", rows, 32, *part, parts, first, joined[rank])
     token.fill_(-1)
-    d.launch("sample", "sample_reduce", rows, 32, joined[0], joined[0, rows:], joined[0, 2 * rows:], 3, 3 * rows, 1, token, top, total)
+    flat = joined.view(-1)
+    d.launch("sample", "sample_reduce", rows, 32, flat, flat[rows:], flat[2 * rows:], 3, 3 * rows, 1, token, top, total)
     d.synchronize()
     return max(worst, check("sample over ranks"))
 
