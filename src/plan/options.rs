@@ -168,8 +168,17 @@ fn why_not(config: &ModelConfig, request: &Request) -> String {
         ..request.clone()
     };
     let Ok(plan) = Plan::for_run(config, &unlimited) else {
-        return "refused".to_owned();
+        return "larger than any machine".to_owned();
     };
+    let any_host = Request {
+        host_memory: None,
+        ..request.clone()
+    };
+    if let Some(gpu) = request.gpu_memory
+        && Plan::for_run(config, &any_host).is_err()
+    {
+        return format!("what can never leave a GPU is over {}", bytes::format(gpu));
+    }
     let needed: u64 = plan.ranks.iter().map(|r| r.bytes.total).sum();
     let nodes = request.tp_size.div_ceil(request.ranks_per_node) as u64;
     let host = request.host_memory.map(|b| b.saturating_mul(nodes));

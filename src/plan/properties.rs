@@ -41,7 +41,7 @@ prop_compose! {
         host_memory in prop::option::of(GIB / 4..300 * GIB),
         files: bool,
         machine in prop::sample::select(vec![A100_40GB, H100_80GB, H200]),
-        pace in prop::array::uniform8(-4.0f64..4.0),
+        pace in prop::array::uniform8(-6.0f64..6.0),
     ) -> (ModelConfig, Request) {
         let config = named_shape(name).unwrap();
         let gpu_memory = gpu_memory.filter(|_| device == DeviceKind::Cuda);
@@ -53,6 +53,23 @@ prop_compose! {
         let r = Request { ranks_per_node, max_seqs, context, max_step_tokens, gpu_memory, host_memory, files, rates, ..base };
         (config, r)
     }
+}
+
+prop_compose! {
+    /// GPUs with a part of what they need, and hosts with a part of all that there is.
+    fn any_offload()((config, r) in any_request(), gpu in 0.05f64..1.0, host in 0.02f64..1.2) -> (ModelConfig, Request) {
+        let r = Request { device: DeviceKind::Cuda, gpu_memory: None, host_memory: None, files: true, ..r };
+        let ranks = Plan::new(&config, &r).unwrap().ranks;
+        let node = &ranks[..r.ranks_per_node.min(r.tp_size)];
+        let part = |bytes: u64, of: f64| Some((bytes as f64 * of) as u64);
+        let gpu_memory = part(node.iter().map(|rank| rank.tiers.device).max().unwrap(), gpu);
+        let host_memory = part(node.iter().map(|rank| rank.bytes.total).sum(), host);
+        (config, Request { gpu_memory, host_memory, ..r })
+    }
+}
+
+fn any() -> impl Strategy<Value = (ModelConfig, Request)> {
+    prop_oneof![any_request(), any_offload()]
 }
 
 /// One rank's bytes: sums that hold, a budget that holds, every row in one place.
@@ -147,7 +164,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn budgets_hold_and_every_byte_has_one_place((config, r) in any_request()) {
+    fn budgets_hold_and_every_byte_has_one_place((config, r) in any()) {
         let Ok(plan) = Plan::new(&config, &r) else { return Ok(()) };
         for node in plan.ranks.chunks(r.ranks_per_node) {
             for rank in node {
@@ -164,7 +181,7 @@ proptest! {
 
     #[test]
     fn more_memory_is_never_slower_and_never_refused(
-        (config, r) in any_request(), gpu in more_bytes(), host in more_bytes(),
+        (config, r) in any(), gpu in more_bytes(), host in more_bytes(),
     ) {
         let more = Request {
             gpu_memory: r.gpu_memory.map(|bytes| bytes + gpu),
@@ -175,7 +192,7 @@ proptest! {
     }
 
     #[test]
-    fn faster_rates_are_never_slower((config, r) in any_request(), which in 0usize..8, times in 1.0f64..8.0) {
+    fn faster_rates_are_never_slower((config, r) in any(), which in 0usize..8, times in 1.0f64..8.0) {
         let rates = faster(r.rates, which, times);
         never_slower(&config, &r, &Request { rates, ..r.clone() })?;
     }

@@ -436,6 +436,19 @@ fn options_name_each_way_once_and_mark_the_one_asked_for() {
 }
 
 #[test]
+fn an_option_that_is_refused_says_what_is_short() {
+    // Two ranks need more beside the weights than one, and 1.5 GiB is too little for that.
+    let (config, mut r) = request("qwen2.5-32b", DeviceKind::Cuda, 1);
+    (r.gpu_memory, r.context) = (Some(GIB + GIB / 2), 2048);
+    let options = Options::new(&Plan::for_run(&config, &r).unwrap()).0;
+    assert_eq!((options[1].ranks, options[1].fits), (2, Fit::No));
+    assert_eq!(
+        options[1].why,
+        "what can never leave a GPU is over 1.50 GiB"
+    );
+}
+
+#[test]
 fn lists_of_ranks_are_short() {
     assert_eq!(runs(&[3]), "3");
     assert_eq!(runs(&[0, 1, 2, 5]), "0-2,5");
