@@ -125,7 +125,7 @@ fn request(
         max_seqs: size.batch,
         context: size.prompt_tokens + size.max_tokens,
         max_step_tokens: match kind {
-            DeviceKind::Cuda => crate::session::GPU_STEP_TOKENS,
+            DeviceKind::Cuda => crate::plan::GPU_STEP_TOKENS,
             DeviceKind::Cpu => base.max_step_tokens,
         },
         gpu_memory,

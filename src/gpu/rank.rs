@@ -272,6 +272,24 @@ pub fn load_rank(
     })
 }
 
+impl LoadedRank {
+    /// What is taken where, now: `9.21 GiB of the GPU (all processes), 4.10 GiB of host memory locked, 1.00 GiB in files`.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn memory_line(&self) -> Result<String> {
+        let memory = self.backend.driver.memory()?;
+        let (locked, in_files) = self.backend.offload.as_ref().map_or((0, 0), Offload::bytes);
+        let size = |n: usize| crate::plan::bytes::format(n as u64);
+        Ok(format!(
+            "{} of the GPU (all processes), {} of host memory locked, {} in files",
+            crate::plan::bytes::format(memory.total - memory.free),
+            size(locked),
+            size(in_files)
+        ))
+    }
+}
+
 /// `tandem kernels build`: fills the user's cache for architectures such as `sm_80`, without a GPU.
 ///
 /// # Errors

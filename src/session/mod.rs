@@ -59,12 +59,6 @@ struct Model {
     site: Site,
 }
 
-/// Tokens of a GPU's prefill chunk: enough that the weights' traffic is hidden behind the products.
-pub const GPU_STEP_TOKENS: usize = 2048;
-
-/// The same where every step passes over weights that are not on the GPU.
-const OFFLOAD_STEP_TOKENS: usize = 8192;
-
 /// Sequences that share a step; more would only wait for each other.
 const MAX_SEQUENCES: usize = 64;
 
@@ -183,6 +177,7 @@ fn prepare<W>(
 ) -> Result<Ready> {
     let demand = share_demand(work.as_ref().map(|w| w.0), group)?;
     let plan = make_plan(args, &model, &demand, group)?;
+    tracing::info!("{}", plan.in_a_line());
     let source = match &model.checkpoint {
         Some(checkpoint) => Source::Checkpoint(checkpoint),
         None => Source::Random { seed: 0 },
@@ -230,7 +225,9 @@ fn prepare<W>(
             )?;
             bar.finish_and_clear();
             say_loaded(&loaded.stats);
+            tracing::info!("memory after the load: {}", loaded.memory_line()?);
             loaded.warm_up(demand.n_tokens_known)?;
+            tracing::info!("memory when warm: {}", loaded.memory_line()?);
             Box::new(Replica::new(
                 loaded.backend,
                 loaded.model,
@@ -286,7 +283,6 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
     if args.host_share.is_some_and(|x| !(0.0..=1.0).contains(&x)) {
         return Err(Error::usage("--host-share: must be from 0 to 1"));
     }
-    let base = plan::Request::new(&name, &model.config, kind, group.size());
     let mut request = plan::Request {
         dtype: model.dtype,
         context: demand.context,
@@ -295,44 +291,27 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
         host_memory: host_typed.or(least(|h| h.host_memory)),
         files: model.checkpoint.is_some(),
         sm_count: model.site.sm_count(),
-        max_step_tokens: if on_gpu {
-            GPU_STEP_TOKENS
-        } else {
-            base.max_step_tokens
-        },
         ranks_per_node: group.local_rank_and_size().1,
-        ..base
+        rates: plan::Rates::assumed(kind, least(|h| h.memory)),
+        ..plan::Request::new(&name, &model.config, kind, group.size())
     };
-    let mut offloaded = None;
+    let mut widest = None;
     loop {
-        let mut outcome = Plan::new(&model.config, &request);
-        if outcome.as_ref().is_ok_and(fits) {
-            return outcome;
+        let plan = Plan::for_run(&model.config, &request);
+        if plan.as_ref().is_ok_and(Plan::fits) {
+            return plan;
         }
-        if on_gpu {
-            // A step passes over all that is not on the GPU: a prompt in one step pays for that once.
-            let max_step_tokens = demand.context.clamp(GPU_STEP_TOKENS, OFFLOAD_STEP_TOKENS);
-            let longer = plan::Request {
-                max_step_tokens,
-                ..request.clone()
-            };
-            outcome = Plan::new(&model.config, &longer);
-        }
-        offloaded = match (offloaded, outcome) {
-            (Some(Ok(plan)), _) => Some(Ok(plan)),
-            (_, outcome) => Some(outcome),
+        // The first that works at all, or the last one's reason why none does.
+        widest = match widest {
+            Some(Ok(plan)) => Some(Ok(plan)),
+            _ => Some(plan),
         };
         if request.max_seqs == 1 {
             break;
         }
         request.max_seqs /= 2;
     }
-    offloaded.unwrap_or_else(|| Err(Error::failed("internal error: nothing was planned")))
-}
-
-/// Whether all weights are in the memory of what multiplies them.
-fn fits(plan: &Plan) -> bool {
-    plan.ranks.iter().all(|r| r.fits)
+    widest.unwrap_or_else(|| Err(Error::failed("internal error: nothing was planned")))
 }
 
 /// The ranks on this rank's host that may run on the same CPUs, and its number among them.
@@ -464,6 +443,7 @@ fn report(group: &Group, plan: &Plan) -> Vec<RankReport> {
         host: hello.host.clone(),
         device: hello.device.clone(),
         bytes: rank.bytes,
+        tiers: rank.tiers,
     };
     group.hellos().iter().zip(&plan.ranks).map(one).collect()
 }

@@ -210,6 +210,12 @@ impl Offload {
         self.set_share(part)
     }
 
+    /// Bytes of the weights in host memory and in the files.
+    pub fn bytes(&self) -> (usize, usize) {
+        let in_files = self.parts.iter().map(|p| p.file.bytes()).sum();
+        (self.memory.as_slice().len(), in_files)
+    }
+
     /// Whether steps may be recorded: reads of files are the host's own work.
     pub fn can_record(&self) -> bool {
         self.files.is_none()
