@@ -1,7 +1,7 @@
 //! What leaves the program: the answer on stdout, everything else on stderr.
 
 use crate::engine::FinishReason;
-use crate::plan::{RankBytes, Tiers, bytes};
+use crate::plan::{Prediction, RankBytes, Tiers, bytes};
 use crate::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -54,6 +54,11 @@ pub struct Answer {
     pub finish_reason: FinishReason,
     /// How long it took.
     pub timings: Timings,
+    /// What the plan predicted.
+    pub predicted: Prediction,
+    /// Link and cores of rank 0 together, in GB/s, where they were measured for an offload.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_gbs: Option<f64>,
     /// Who took part.
     pub ranks: Vec<RankReport>,
     /// Keys of the request that are handed through.

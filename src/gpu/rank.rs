@@ -213,6 +213,8 @@ pub struct LoadedRank {
     pub activations: Activations<GpuBuf>,
     /// What the load took.
     pub stats: LoadStats,
+    /// GB/s of the link and of the cores while both are at work, where that was measured.
+    pub host_rates: Option<(f64, f64)>,
 }
 
 /// Loads one rank's slices and makes everything ready to step.
@@ -256,19 +258,21 @@ pub fn load_rank(
     let offload = loaded.host.map(|(locked, elsewhere)| {
         let (driver, stream) = (&parts.driver, parts.stream);
         let mut offload = Offload::new(driver, stream, locked, elsewhere, host.cores, host.files)?;
-        match host.share {
-            Some(share) => offload.set_share(share)?,
+        let rates = match host.share {
+            Some(share) => offload.set_share(share).map(|()| None)?,
             None => offload.balance()?,
-        }
-        Ok(offload)
+        };
+        Ok((offload, rates))
     });
-    let offload = offload.transpose()?;
+    let (offload, host_rates) = offload.transpose()?.unzip();
+    let host_rates = host_rates.flatten();
     let (backend, activations) = GpuBackend::new(config, geometry, limits, parts, memory, offload)?;
     Ok(LoadedRank {
         backend,
         model,
         activations,
         stats,
+        host_rates,
     })
 }
 

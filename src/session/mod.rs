@@ -15,7 +15,7 @@ use crate::gpu;
 use crate::logging;
 use crate::model::{Limits, Qwen, check_tensors};
 use crate::output::RankReport;
-use crate::plan::{self, DeviceKind, Plan, Shard};
+use crate::plan::{self, DeviceKind, Plan, Prediction, Shard};
 use crate::weights::{self, Arena, Checkpoint, Dtype, LoadStats, LocalMatrix, Source};
 use crate::world::{Group, Hello, MeetOptions, World, WorldFlags};
 use crate::{Error, Result};
@@ -48,6 +48,10 @@ pub struct Report {
     pub load_s: f64,
     /// Every rank.
     pub ranks: Vec<RankReport>,
+    /// How fast the plan says that it should be, by what was measured at the start where anything was.
+    pub predicted: Prediction,
+    /// Link and cores of this rank together, in GB/s, where they were measured for an offload.
+    pub host_gbs: Option<f64>,
 }
 
 /// The model as this rank found it.
@@ -188,6 +192,7 @@ fn prepare<W>(
         max_logit_rows: plan.request.max_seqs,
         n_kv_blocks: plan.n_kv_blocks,
     };
+    let (mut predicted, mut host_gbs) = (plan.predicted, None);
     let mut replica: Box<dyn Step> = match model.site {
         Site::Cpu => {
             let place = Place {
@@ -226,6 +231,11 @@ fn prepare<W>(
             bar.finish_and_clear();
             say_loaded(&loaded.stats);
             tracing::info!("memory after the load: {}", loaded.memory_line()?);
+            if let Some((link, cores)) = loaded.host_rates {
+                host_gbs = Some(link + cores);
+                predicted = plan.predicted_at(measured_rates(&plan, link, cores))?;
+                tracing::info!("by these rates {:.1} ms a token", 1e3 * predicted.tpot_s);
+            }
             loaded.warm_up(demand.n_tokens_known)?;
             tracing::info!("memory when warm: {}", loaded.memory_line()?);
             Box::new(Replica::new(
@@ -249,8 +259,22 @@ fn prepare<W>(
     let report = Report {
         load_s: start.elapsed().as_secs_f64(),
         ranks: report(group, &plan),
+        predicted,
+        host_gbs,
     };
     Ok((replica, scheduler, report))
+}
+
+/// The plan's rates with what one rank has measured of its link and its cores; the others of its node are taken to be alike.
+fn measured_rates(plan: &Plan, link: f64, cores: f64) -> plan::Rates {
+    let sharers = plan.request.ranks_per_node.min(plan.request.tp_size) as f64;
+    let mut rates = plan.request.rates;
+    if let Some(gpu) = &mut rates.gpu {
+        gpu.link_gbs = plan::Rate::measured(gpu.link_gbs.value.max(link));
+    }
+    rates.host_read_gbs = plan::Rate::measured(rates.host_read_gbs.value.max(cores * sharers));
+    rates.together_gbs = Some(plan::Rate::measured((link + cores) * sharers));
+    rates
 }
 
 /// Rank 0 tells the others what its input needs.
