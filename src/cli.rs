@@ -193,7 +193,11 @@ pub struct GenerateArgs {
     /// Add each token's log-probability to the JSON
     #[arg(long)]
     pub logprobs: bool,
-    /// Write the logits that each token of a single answer was chosen from, as safetensors: "logits", f32, [tokens, vocabulary]
+    /// Answer one prompt after the other, as if each were alone
+    #[arg(long, hide = true)]
+    pub one_by_one: bool,
+    /// Write the logits that each token was chosen from, answer after answer, as safetensors: "logits", f32,
+    /// [tokens, vocabulary]
     #[arg(long, value_name = "FILE", hide = true)]
     pub logits: Option<PathBuf>,
 }

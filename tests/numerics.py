@@ -1,22 +1,26 @@
 """tandem's logits on GPUs against transformers in float32, beside transformers' own bf16 run.
 
     python3 tests/numerics.py TANDEM OUT_DIR [--shapes qwen2.5-7b,…] [--ranks 1,2] [--prompts 1,17,512,5000]
-                              [--max-seconds S] [--smollm2 DIR]
+                              [--gpu-memory SIZE,…] [--max-seconds S] [--smollm2 DIR]
 
 For each published shape, cut to a few layers, transformers makes random weights and saves them in bf16. tandem
-continues a prompt of random token ids greedily, one prompt a run, and leaves the logits that each token was chosen from;
-transformers computes the logits of the same positions, given the same tokens, in float32 and in bf16. The error of a run
-is ‖logits − float32's‖ / ‖float32's‖ over all its rows; tandem's may be at most 1.2 times that of transformers' bf16. A
-second run, which leaves no logits and so chooses on the device, must give the same tokens.
+continues prompts of random token ids greedily, one after the other, and leaves the logits that each token was chosen
+from; transformers computes the logits of the same positions, given the same tokens, in float32 and in bf16. The error of
+a run is ‖logits − float32's‖ / ‖float32's‖ over all its rows; tandem's may be at most 1.2 times that of transformers'
+bf16. A second run, which leaves no logits and so chooses on the device, must give the same tokens.
+
+With --gpu-memory every run is made under each of these budgets instead: what does not fit is offloaded, and the bar stays.
 
 With --smollm2, the golden prompts too: every token is the most likely one in float32, given the tokens before it, except
 where the two logits are no further apart than one step of bf16; those places are listed.
 
-Needs torch, transformers and safetensors; `--device cpu` tries the script itself on a machine without a GPU. Writes
-OUT_DIR/numerics.json; the table comes last. Exit status 1 when a bar is missed.
+The most important shapes come first: --max-seconds cuts the others. Needs torch, transformers and safetensors;
+`--device cpu` tries the script itself on a machine without a GPU. Writes OUT_DIR/numerics.json; the table comes last.
+Exit status 1 when a bar is missed.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -35,12 +39,12 @@ from transformers.utils import logging
 
 BAR = 1.2
 SHAPES = (
-    "qwen2.5-0.5b qwen3-0.6b qwen2.5-1.5b qwen3-1.7b qwen2.5-3b qwen3-4b qwen2.5-7b qwen3-8b "
-    "qwen2.5-14b qwen3-14b qwen3-32b qwen2.5-32b qwen2.5-72b"
+    "qwen2.5-0.5b qwen2.5-7b qwen2.5-72b qwen3-0.6b qwen3-8b "
+    "qwen2.5-1.5b qwen3-1.7b qwen2.5-3b qwen3-4b qwen2.5-14b qwen3-14b qwen2.5-32b qwen3-32b"
 ).split()
 # The largest shapes spend their bytes on layers here, not on two matrices of the full vocabulary.
 CUT_VOCAB = {"qwen2.5-32b": 32768, "qwen3-32b": 32768, "qwen2.5-72b": 32768}
-RUN_SECONDS = 60
+RUN_SECONDS = {"cuda": 60, "cpu": 900}
 
 
 def arguments():
@@ -51,6 +55,7 @@ def arguments():
     p.add_argument("--shapes", type=lambda text: [s for s in text.split(",") if s], default=SHAPES)
     p.add_argument("--ranks", type=numbers, default=[1, 2])
     p.add_argument("--prompts", type=numbers, default=[1, 17, 512, 5000])
+    p.add_argument("--gpu-memory", type=lambda text: text.split(","), default=[None], help="budgets of a rank: offload under them")
     p.add_argument("--decode", type=int, default=64, help="tokens of an answer")
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--vocab", type=int, help="cut every vocabulary to this")
@@ -102,53 +107,69 @@ def make_model(config, device):
     return model
 
 
-def generate(args, folder, ids, ranks, n_tokens, gpu=0, logits=None):
-    """The tokens that tandem answers to `ids`, alone in a run of its own; or why there are none."""
-    prompt = args.work / f"prompt-{os.getpid()}-{time.monotonic_ns()}.jsonl"
-    prompt.write_text(json.dumps({"prompt_token_ids": ids}))
-    command = [args.tandem, "generate", "--device", args.device, "--model", folder, "--prompts", prompt]
+def generate(args, folder, prompts, ranks, n_tokens, budget=None, gpu=0, logits=None):
+    """The tokens that tandem answers to each of `prompts`, one after the other; or why there are none."""
+    command = [args.tandem, "generate", "--device", args.device, "--model", folder, "--prompts", "-", "--one-by-one"]
     command += ["--temperature", "0", "--repetition-penalty", "1", "--ignore-eos", "--max-tokens", n_tokens]
     command += ["--logits", logits] if logits else []
+    command += ["--gpu-memory", budget] if budget else []
     env = dict(os.environ)
     if ranks > 1:
         command += ["--ranks", ranks]
     elif args.device == "cuda":
         env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    lines = "\n".join(json.dumps({"prompt_token_ids": ids}) for ids in prompts)
+    limit = RUN_SECONDS[args.device]
     try:
-        run = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=RUN_SECONDS, env=env)
+        run = subprocess.run(
+            [str(c) for c in command], input=lines, capture_output=True, text=True, timeout=limit, env=env
+        )
     except subprocess.TimeoutExpired:
-        return None, f"still running after {RUN_SECONDS} s"
-    finally:
-        prompt.unlink()
+        return None, f"still running after {limit} s"
     if run.returncode:
         return None, run.stderr.strip()[-300:] or f"exit status {run.returncode}"
-    return json.loads(run.stdout)["token_ids"], None
+    return [json.loads(line)["token_ids"] for line in run.stdout.splitlines()], None
 
 
-def run_tandem(args, folder, shape, vocab, ranks):
-    """Both runs of every prompt; on one rank several at a time, since nothing is timed."""
+def run_tandem(args, folder, vocab, ranks, budget):
+    """Both runs of all prompts; on one rank at the same time, each on a GPU of its own, since nothing is timed."""
     n_gpus = torch.cuda.device_count() if args.device == "cuda" else 1
+    prompts = [torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in args.prompts]
+    kept = args.work / "kept"
 
-    def one(job):
-        index, n = job
-        ids = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-        kept = args.work / f"{shape}-{n}-{ranks}.safetensors"
-        tokens, error = generate(args, folder, ids, ranks, args.decode, index % n_gpus, kept)
-        again, error2 = generate(args, folder, ids, ranks, args.decode, index % n_gpus) if tokens else (None, None)
-        return dict(
-            shape=shape, prompt=n, ranks=ranks, ids=ids, tokens=tokens, kept=kept, error=error or error2,
-            identical=tokens is not None and tokens == again,
-        )
+    def one(gpu, logits):
+        return generate(args, folder, prompts, ranks, args.decode, budget, gpu, logits)
 
-    with ThreadPoolExecutor(4 if ranks == 1 and args.device == "cuda" else 1) as pool:
-        return list(pool.map(one, enumerate(args.prompts)))
+    with ThreadPoolExecutor(n_gpus if ranks == 1 else 1) as pool:
+        (tokens, error), (again, error2) = pool.map(one, [0, 1 % n_gpus], [kept, None])
+    runs = []
+    for i, ids in enumerate(prompts):
+        run = dict(shape=folder.name, prompt=len(ids), ranks=ranks, gpu_memory=budget, ids=ids, error=error or error2)
+        run["tokens"] = tokens and tokens[i]
+        run["identical"] = bool(tokens and again) and tokens[i] == again[i]
+        runs.append(run)
+    if tokens:
+        for run, rows in zip(runs, load_file(kept)["logits"].split(args.decode)):
+            run["logits"] = rows.clone()
+        kept.unlink()
+    return runs
 
 
 @torch.no_grad()
-def reference(model, device, run):
+def reference(model, device, ids, tokens):
     """transformers' logits where tandem chose its tokens, `[tokens, vocab]`, given those tokens."""
-    ids = torch.tensor([run["ids"] + run["tokens"][:-1]], device=device)
-    return model(ids, use_cache=False, logits_to_keep=len(run["tokens"])).logits[0]
+    ids = torch.tensor([ids + tokens[:-1]], device=device)
+    return model(ids, use_cache=False, logits_to_keep=len(tokens)).logits[0].float().cpu()
+
+
+def references(model, device, runs):
+    """One for each run, computed once where runs gave the same tokens."""
+    known = {}
+    for run in runs:
+        key = (run["prompt"], *run["tokens"])
+        if key not in known:
+            known[key] = reference(model, device, run["ids"], run["tokens"])
+        yield known[key]
 
 
 def relative(a, b):
@@ -159,16 +180,14 @@ def relative(a, b):
 def compare(device, model, runs):
     """Adds both errors to the runs that ended well; `model` comes in bf16 and ends in float32."""
     well = [run for run in runs if run["tokens"]]
-    for run in well:
-        run["bf16"] = reference(model, device, run).float().cpu()
+    in_bf16 = list(references(model, device, well))
     model.float()
-    for run in well:
-        want = reference(model, device, run).cpu()
-        got = load_file(run["kept"])["logits"]
+    for run, bf16, want in zip(well, in_bf16, references(model, device, well)):
+        got = run["logits"]
         if got.shape != want.shape:
             run["error"] = f"logits of shape {list(got.shape)} for {list(want.shape)}"
             continue
-        run["tandem_error"], run["bf16_error"] = relative(got, want), relative(run["bf16"], want)
+        run["tandem_error"], run["bf16_error"] = relative(got, want), relative(bf16, want)
         run["ratio"] = run["tandem_error"] / run["bf16_error"]
 
 
@@ -183,19 +202,18 @@ def check_shape(args, shape, until):
     model = make_model(config, args.device)
     model.save_pretrained(folder)
     runs, left_out = [], []
-    for ranks in args.ranks:
+    for ranks, budget in itertools.product(args.ranks, args.gpu_memory):
         if time.monotonic() > until:
             left_out.append(f"{shape} on {ranks}")
         else:
-            runs += run_tandem(args, folder, shape, config.vocab_size, ranks)
+            runs += run_tandem(args, folder, config.vocab_size, ranks, budget)
+    shutil.rmtree(folder)
     compare(args.device, model, runs)
     del model
     torch.cuda.empty_cache()
-    shutil.rmtree(folder)
     for run in runs:
-        run["kept"].unlink(missing_ok=True)
         run["vocab"] = config.vocab_size
-        for key in ("ids", "kept", "bf16"):
+        for key in ("ids", "logits"):
             run.pop(key, None)
     return runs, left_out
 
@@ -210,16 +228,14 @@ def check_smollm2(args, ranks):
     golden = json.loads((Path(__file__).parent / "golden/smollm2/golden.json").read_text())["prompts"]
     model = AutoModelForCausalLM.from_pretrained(args.smollm2, dtype=torch.float32).to(args.device).eval()
     summary = dict(ranks=ranks, prompts=len(golden), tokens=0, equal_to_golden=0, places=[], errors=[])
-    for name, prompt in golden.items():
-        kept = args.work / f"smollm2-{name}-{ranks}.safetensors"
-        ids, n = prompt["prompt_token_ids"], len(prompt["token_ids"])
-        tokens, error = generate(args, args.smollm2, ids, ranks, n, 0, kept)
-        if error:
-            summary["errors"].append(f"{name}: {error}")
-            continue
-        want = reference(model, args.device, dict(ids=ids, tokens=tokens)).cpu()
-        got = load_file(kept)["logits"]
-        kept.unlink()
+    kept, longest = args.work / "smollm2.kept", max(len(prompt["token_ids"]) for prompt in golden.values())
+    prompts = [prompt["prompt_token_ids"] for prompt in golden.values()]
+    answers, error = generate(args, args.smollm2, prompts, ranks, longest, logits=kept)
+    if error:
+        return dict(summary, errors=[error])
+    for (name, prompt), answer, got in zip(golden.items(), answers, load_file(kept)["logits"].split(longest)):
+        tokens = answer[: len(prompt["token_ids"])]
+        want = reference(model, args.device, prompt["prompt_token_ids"], tokens)
         summary["tokens"] += len(tokens)
         summary["equal_to_golden"] += tokens == prompt["token_ids"]
         for i, (token, row) in enumerate(zip(tokens, want)):
@@ -248,9 +264,9 @@ def print_smollm2(summary):
 
 
 def print_table(runs, left_out):
-    print(f"{'shape':14} {'vocab':>6} {'prompt':>6} {'ranks':>5} {'tandem':>9} {'bf16':>9} {'ratio':>6}  same tokens")
+    print(f"{'shape':14} {'vocab':>6} {'prompt':>6} {'ranks':>5} {'budget':>8} {'tandem':>9} {'bf16':>9} {'ratio':>6}  same tokens")
     for r in runs:
-        line = f"{r['shape']:14} {r['vocab']:6} {r['prompt']:6} {r['ranks']:5} "
+        line = f"{r['shape']:14} {r['vocab']:6} {r['prompt']:6} {r['ranks']:5} {r['gpu_memory'] or 'all':>8} "
         if "ratio" in r:
             line += f"{r['tandem_error']:9.2e} {r['bf16_error']:9.2e} {r['ratio']:6.3f}  {'yes' if r['identical'] else 'NO'}"
         if r["error"]:

@@ -60,10 +60,10 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
             (tokenizer.ok(), jobs)
         }
     };
-    if args.logits.is_some() && jobs.len() > 1 {
-        let n = jobs.len();
+    let sequences = if args.one_by_one { 1 } else { jobs.len() };
+    if args.logits.is_some() && sequences > 1 {
         return Err(Error::usage(format!(
-            "--logits: keeps those of one prompt, not of {n}"
+            "--logits: keeps those of one prompt at a time, not of {sequences}: add --one-by-one"
         )));
     }
     let longest = jobs.iter().map(|j| j.prompt.len()).max().unwrap_or(0);
@@ -88,7 +88,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
         .map_or(config.vocab_size, Tokenizer::vocab_size);
     let demand = Demand {
         context: longest + max_tokens,
-        sequences: jobs.len(),
+        sequences,
         n_tokens_known,
         keep_logits: args.logits.is_some(),
     };

@@ -279,6 +279,33 @@ fn token_ids_need_no_tokenizer_and_their_logits_are_kept_when_asked_for() {
 }
 
 #[test]
+fn one_by_one_every_answer_is_what_it_is_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let short = Golden::read(&model().join("golden.safetensors")).ids("short.ids");
+    let answers = |prompts: &[&[u32]]| {
+        let (file, kept) = (dir.path().join("ids.jsonl"), dir.path().join("kept"));
+        let line = |ids: &&[u32]| serde_json::json!({ "prompt_token_ids": ids }).to_string();
+        let lines: Vec<_> = prompts.iter().map(line).collect();
+        std::fs::write(&file, lines.join("\n")).unwrap();
+        let mut run = generate(&["--one-by-one", "--ignore-eos", "--max-tokens", "8"]);
+        run.args(["--temperature", "0", "--prompts"]).arg(&file);
+        let out = run.arg("--logits").arg(&kept).output().unwrap();
+        assert!(out.status.success(), "{out:?}");
+        let text = String::from_utf8(out.stdout).unwrap();
+        let answers: Vec<_> = text
+            .lines()
+            .map(|l| ids(&serde_json::from_str(l).unwrap()))
+            .collect();
+        (answers, Golden::read(&kept).f32("logits"))
+    };
+    let (both, rows) = answers(&[&short, &short[..1]]);
+    let (first, first_rows) = answers(&[&short]);
+    let (second, second_rows) = answers(&[&short[..1]]);
+    assert_eq!(both, [first, second].concat());
+    assert_eq!(rows, [first_rows, second_rows].concat());
+}
+
+#[test]
 fn token_ids_that_cannot_be_are_refused_with_the_line() {
     let dir = tempfile::tempdir().unwrap();
     let bare = without_tokenizer(dir.path());

@@ -4,7 +4,7 @@ import argparse
 import time
 
 import cases
-from device import Cuda, Emulated
+from device import Cuda, Emulated, all_kernels
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--device", choices=["emulate", "cuda"], default="emulate")
@@ -32,6 +32,8 @@ for case, arguments, seed in work:
     report[case.__name__] = count + 1, max(worst, error), seconds + time.time() - begin
 for name, (count, worst, seconds) in report.items():
     print(f"{name:20}{count:4} runs on the {device.name}, worst error {worst:.1e}, {seconds:.1f} s")
+if not options.only:
+    failed += [f"{kernel} of {file}.cu: in no case" for file, kernel in all_kernels() if (file, kernel) not in device.launched]
 print("\n".join(failed[:20]))
 print(f"{len(failed)} failed")
 raise SystemExit(1 if failed else 0)

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import re
 import subprocess
 import tempfile
 
@@ -36,6 +37,13 @@ def triple(v):
     return v + (1,) * (3 - len(v))
 
 
+def all_kernels():
+    """Every (file, kernel) that the files name themselves."""
+    for file in sorted(KERNELS.glob("*.cu")):
+        for names in re.findall(r"^KERNELS(?:_IN_ORDER)?\(([^)]*)\)", file.read_text(), re.M):
+            yield from ((file.stem, name.strip()) for name in names.split(","))
+
+
 class Emulated:
     """Kernels as host code: bounds, races and barriers are checked."""
 
@@ -45,6 +53,7 @@ class Emulated:
 
     def __init__(self, source=KERNELS, defines=()):
         self.source, self.defines, self.libraries, self.seed = pathlib.Path(source), list(defines), {}, 1
+        self.launched = set()
         self.folder = tempfile.TemporaryDirectory()
 
     def library(self, file):
@@ -57,6 +66,7 @@ class Emulated:
 
     def launch(self, file, kernel, grid, block, *args, shared=0):
         lib = self.library(file)
+        self.launched.add((file, kernel))
         packed, keep = arguments(args)
         error = ctypes.create_string_buffer(512)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
@@ -145,6 +155,7 @@ class Cuda:
     def __init__(self, source=KERNELS, defines=(), overlap=True):
         self.driver, self.nvrtc, self.overlap = ctypes.CDLL("libcuda.so.1"), Nvrtc(), overlap
         self.source, self.defines, self.modules, self.functions = pathlib.Path(source), list(defines), {}, {}
+        self.launched = set()
         torch.zeros(1, device="cuda")
         properties = torch.cuda.get_device_properties(0)
         self.sms = properties.multi_processor_count
@@ -168,6 +179,7 @@ class Cuda:
         return self.functions[file, kernel]
 
     def launch(self, file, kernel, grid, block, *args, shared=0):
+        self.launched.add((file, kernel))
         packed, keep = arguments(args)
         attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
         config = Config(triple(grid), triple(block), shared, torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), 1 if self.overlap else 0)
