@@ -4,6 +4,7 @@
 //! that runs on the CPU for tests the other.
 
 pub mod arena;
+mod attention;
 mod backend;
 pub mod cache;
 mod candidates;
@@ -37,7 +38,8 @@ mod warm;
 mod tests;
 
 pub use crate::model::Limits;
-pub use backend::{GpuBackend, GpuBuf, kv_bytes};
+pub use attention::kv_bytes;
+pub use backend::{GpuBackend, GpuBuf};
 pub use driver::Driver;
 pub use geometry::Geometry;
 pub use offload::Cores;
