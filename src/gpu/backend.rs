@@ -3,7 +3,7 @@
 use super::Limits;
 use super::arena::{self, Arena, StepBuffers};
 use super::attention::{kv_bytes, upload_inv_freq};
-use super::collective::{DeviceCollective, Element, FusedNorm};
+use super::collective::{DeviceCollective, FusedNorm};
 use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Pinned, Stream, args};
 use super::gemm::Gemm;
 use super::geometry::Geometry;
@@ -180,16 +180,6 @@ impl GpuBackend {
         self.kernels.run(kernel, launch, args, self.stream)
     }
 
-    /// Sums a buffer of the step over the ranks, unless there is nothing to do.
-    fn sum_over_ranks(&mut self, x: &GpuBuf, element: Element) -> Result<()> {
-        if self.idle() {
-            return Ok(());
-        }
-        let n = self.rows * x.cols;
-        // SAFETY: the arena outlives the stream's work.
-        unsafe { self.comm.all_reduce(x.ptr, n, element, self.stream) }
-    }
-
     /// Waits until everything enqueued is done; a rank that is lost meanwhile ends the wait.
     pub(super) fn synchronize(&mut self) -> Result<()> {
         self.done.record(self.stream)?;
@@ -260,13 +250,14 @@ impl Backend for GpuBackend {
         }
     }
 
-    fn embed(&mut self, table: &GpuWeight, x: &mut GpuBuf) -> Result<()> {
+    fn embed(&mut self, table: &GpuWeight, partial: &mut GpuBuf, x: &mut GpuBuf) -> Result<()> {
         let (g, tokens) = (&self.g, self.step.tokens);
         let args = args![
             table.ptr,
             table.host_ptr,
             tokens,
             self.arena.get("chosen"),
+            partial.ptr,
             x.ptr,
             g.hidden,
             g.first_row,
@@ -278,15 +269,6 @@ impl Backend for GpuBackend {
             &Launch::linear(self.step.n_tokens, 128),
             &args,
         )
-    }
-
-    fn all_reduce(&mut self, x: &mut GpuBuf) -> Result<()> {
-        self.sum_over_ranks(x, Element::F32)
-    }
-
-    fn rms_norm(&mut self, x: &GpuBuf, weight: &GpuWeight, h: &mut GpuBuf) -> Result<()> {
-        let args = args![x.ptr, weight.ptr, h.ptr, self.g.hidden, self.rms_norm_eps];
-        self.launch(self.kernels.rms_norm, &self.norm_launch(), &args)
     }
 
     fn all_reduce_add_norm(
@@ -312,7 +294,9 @@ impl Backend for GpuBackend {
         if unsafe { self.comm.all_reduce_add_norm(&fused, self.stream) }? {
             return Ok(());
         }
-        self.sum_over_ranks(partial, Element::Bf16)?;
+        let n = self.rows * partial.cols;
+        // SAFETY: the arena outlives the stream's work.
+        unsafe { self.comm.all_reduce(partial.ptr, n, self.stream) }?;
         let args = args![
             partial.ptr,
             x.ptr,

@@ -3,7 +3,7 @@
 //! Every rank maps the others' inboxes (CUDA IPC) and its kernel writes straight into them. Whatever it does not serve
 //! goes to the collective beneath: longer messages, ranks on several hosts, GPUs that cannot map each other's memory.
 
-use super::collective::{DeviceCollective, Element, FusedNorm};
+use super::collective::{DeviceCollective, FusedNorm};
 use super::driver::{DevicePtr, Driver, Function, IpcHandle, Launch, Pinned, Stream, args};
 use super::kernels;
 use super::memory::{DeviceBuffer, PinnedBuffer};
@@ -168,15 +168,9 @@ impl DeviceCollective for OneShot {
         "peer memory"
     }
 
-    unsafe fn all_reduce(
-        &mut self,
-        x: DevicePtr,
-        n: usize,
-        element: Element,
-        stream: Stream,
-    ) -> Result<()> {
+    unsafe fn all_reduce(&mut self, x: DevicePtr, n: usize, stream: Stream) -> Result<()> {
         // SAFETY: passed on to the caller.
-        unsafe { self.beneath.all_reduce(x, n, element, stream) }
+        unsafe { self.beneath.all_reduce(x, n, stream) }
     }
 
     unsafe fn all_gather(

@@ -4,7 +4,7 @@
 //! product library, the collectives between the ranks.
 
 use super::backend::wait_for;
-use super::collective::{Element, FusedNorm};
+use super::collective::FusedNorm;
 use super::driver::{DevicePtr, Driver, Graph, Launch, Pinned, Stream, args};
 use super::gemm::{Out, Product};
 use super::kernels;
@@ -259,7 +259,7 @@ impl Probe {
         unsafe { self.parts.driver.fill(x, 0, bytes, self.parts.stream) }?;
         self.chain_us(|parts, stream| {
             // SAFETY: as above.
-            unsafe { parts.comm.all_reduce(x, bytes / 2, Element::Bf16, stream) }.map(|()| true)
+            unsafe { parts.comm.all_reduce(x, bytes / 2, stream) }.map(|()| true)
         })
         .map(|us| us.unwrap_or(0.0))
     }
