@@ -188,11 +188,6 @@ impl GpuBackend {
         done
     }
 
-    fn norm_launch(&self) -> Launch {
-        let threads = (self.g.hidden / 8).next_multiple_of(32).min(1024);
-        Launch::linear(self.rows, threads as u32)
-    }
-
     /// How many decode graphs have been recorded.
     pub fn recorded_graphs(&self) -> usize {
         self.graphs.recorded()
@@ -291,7 +286,9 @@ impl Backend for GpuBackend {
             eps: self.rms_norm_eps,
         };
         // SAFETY: the arena and the weights outlive the stream's work.
-        if unsafe { self.comm.all_reduce_add_norm(&fused, self.stream) }? {
+        if self.comm.is_fused(self.rows)
+            && unsafe { self.comm.all_reduce_add_norm(&fused, self.stream) }?
+        {
             return Ok(());
         }
         let n = self.rows * partial.cols;
@@ -305,7 +302,11 @@ impl Backend for GpuBackend {
             self.g.hidden,
             self.rms_norm_eps
         ];
-        self.launch(self.kernels.add_rms_norm, &self.norm_launch(), &args)
+        self.launch(
+            self.kernels.add_rms_norm,
+            &Launch::norm(self.rows, self.g.hidden),
+            &args,
+        )
     }
 
     fn qkv(

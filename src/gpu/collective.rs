@@ -1,6 +1,7 @@
 //! Collectives over device memory, enqueued on a stream like everything else.
 
 use super::driver::{DevicePtr, Stream};
+use super::ways::Way;
 use crate::Result;
 
 /// A sum over ranks and what always follows it: `x += Σ partial`, `h = RMSNorm(x) · weight`.
@@ -60,6 +61,32 @@ pub trait DeviceCollective: Send {
     /// Those of the driver.
     unsafe fn all_reduce_add_norm(&mut self, _: &FusedNorm, _: Stream) -> Result<bool> {
         Ok(false)
+    }
+
+    /// Whether sums of `rows` rows are better fused, where they can be.
+    fn is_fused(&self, _rows: usize) -> bool {
+        true
+    }
+
+    /// Measures which sums are better fused, on every rank at the same time and while nothing else runs.
+    ///
+    /// # Errors
+    /// A lost rank, too little memory, or those of the driver and the library.
+    fn measure(&mut self, _: Stream) -> Result<()> {
+        Ok(())
+    }
+
+    /// What [`DeviceCollective::measure`] has found; the same on every rank.
+    fn ways(&self) -> &[Way] {
+        &[]
+    }
+
+    /// Returns when all ranks are here: before the first sums, which wait for a late rank for a few seconds only.
+    ///
+    /// # Errors
+    /// A lost rank.
+    fn meet(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Whether all ranks are still there, as far as is known: asked while waiting for work that may need them.

@@ -8,6 +8,7 @@ mod attention;
 mod backend;
 pub mod cache;
 mod candidates;
+mod chain;
 pub mod collective;
 pub mod cublaslt;
 pub mod cuda;
@@ -33,6 +34,7 @@ mod sampling;
 pub mod standin;
 mod step;
 mod warm;
+pub mod ways;
 
 #[cfg(test)]
 mod tests;
