@@ -82,19 +82,23 @@ impl Coming {
         })
     }
 
-    /// Waits for the rest.
+    /// Waits for the rest, and measures which way the sums over ranks take: the weights are there, nothing else runs.
     ///
     /// # Errors
     /// Those of [`Parts::cuda`].
     fn wait(self) -> Result<Parts> {
-        match self.rest {
-            Rest::Here(parts) => Ok(parts),
-            Rest::Coming(thread) => thread.join().unwrap_or_else(|_| {
-                Err(Error::failed(
-                    "internal error: opening the libraries panicked",
-                ))
-            }),
-        }
+        let thread = match self.rest {
+            Rest::Here(parts) => return Ok(parts),
+            Rest::Coming(thread) => thread,
+        };
+        let panicked = |_| {
+            Err(Error::failed(
+                "internal error: opening the libraries panicked",
+            ))
+        };
+        let mut parts = thread.join().unwrap_or_else(panicked)?;
+        parts.comm.measure(parts.stream)?;
+        Ok(parts)
     }
 }
 
