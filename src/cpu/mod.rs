@@ -48,7 +48,7 @@ pub use bandwidth::{ReadBuffer, STREAMS, measure_fma_rate, measure_read_bandwidt
 pub use embed::embed;
 pub use isa::Isa;
 pub use matmul::{Kernels, Matrix, few_rows};
-pub use norm::{add_rms_norm, rms_norm};
+pub use norm::add_rms_norm;
 pub use pool::Pool;
 pub use rope::{QkvShape, Rope, qkv_epilogue};
 pub use topology::{affinity_cpus, oversubscribed, physical_cores, share_of_cpus};

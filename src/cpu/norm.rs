@@ -1,4 +1,4 @@
-//! RMSNorm (Zhang and Sennrich, arXiv 1910.07467), alone and fused with the residual add before it.
+//! RMSNorm (Zhang and Sennrich, arXiv 1910.07467), fused with the residual add before it.
 
 use super::Pool;
 use super::isa::Kernel;
@@ -8,20 +8,7 @@ use super::simd::{MulScaled, Simd, sum_of_squares, zip};
 /// Below this many elements, a fork costs more than it saves.
 pub(super) const SERIAL_BELOW: usize = 16 << 10;
 
-/// `out = x / √(mean(x²) + eps) · w`, for each row of `w.len()` elements.
-pub fn rms_norm(pool: &Pool, x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
-    assert_eq!(x.len(), out.len());
-    let isa = pool.isa();
-    let out = Shards::new(out);
-    rows(pool, x.len(), w.len(), |at, len| {
-        // SAFETY: `rows` hands out disjoint ranges.
-        let out = unsafe { out.part(at, len) };
-        let x = &x[at..at + len];
-        isa.dispatch(Norm { x, w, eps, out });
-    });
-}
-
-/// `x += delta`, then [`rms_norm`] of it.
+/// `x += delta`, then `out = x / √(mean(x²) + eps) · w`, for each row of `w.len()` elements.
 pub fn add_rms_norm(
     pool: &Pool,
     delta: &[f32],
@@ -116,13 +103,11 @@ mod tests {
                 let delta = rng.floats(rows * width, 1.0);
                 let w = rng.floats(width, 1.0);
                 let (eps, mut out) = (1e-5, vec![f32::NAN; rows * width]);
-                rms_norm(&pool, &x, &w, eps, &mut out);
-                // Sums of up to 576 squares in f32: relative error below 576 · 2⁻²⁴ / √576 in practice.
-                assert_close(&out, &reference(&x, &w, eps), 2e-6);
                 let mut sum = x.clone();
                 add_rms_norm(&pool, &delta, &mut sum, &w, eps, &mut out);
                 let expected: Vec<f32> = x.iter().zip(&delta).map(|(x, d)| x + d).collect();
                 assert_eq!(sum, expected);
+                // Sums of up to 576 squares in f32: relative error below 576 · 2⁻²⁴ / √576 in practice.
                 assert_close(&out, &reference(&sum, &w, eps), 2e-6);
             }
         }

@@ -7,7 +7,7 @@ use super::collective::{DeviceCollective, FusedNorm};
 use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Pinned, Stream, args};
 use super::gemm::Gemm;
 use super::geometry::Geometry;
-use super::graphs::Graphs;
+use super::graphs::{Graphs, MAX_SEQS};
 use super::launch::Kernels;
 use super::load::GpuWeight;
 use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
@@ -188,6 +188,25 @@ impl GpuBackend {
         done
     }
 
+    /// How far one sequence's attention is cut up to fill the device.
+    pub(super) fn max_splits(&self) -> usize {
+        arena::max_splits(&self.g, self.driver.properties().sm_count as usize)
+    }
+
+    /// The largest number of sequences that a decode step is filled up to. Rows that nobody reads cost a GPU nothing; cores
+    /// that multiply what does not fit on it would compute them.
+    pub(super) fn most_seqs(&self) -> usize {
+        let Limits {
+            max_step_tokens,
+            max_logit_rows,
+            ..
+        } = self.limits;
+        match self.offload {
+            Some(_) => 0,
+            None => max_step_tokens.min(max_logit_rows).min(MAX_SEQS),
+        }
+    }
+
     /// How many decode graphs have been recorded.
     pub fn recorded_graphs(&self) -> usize {
         self.graphs.recorded()
@@ -221,9 +240,9 @@ impl Backend for GpuBackend {
         // The staging memory is free again when the last step's copy is done.
         self.sent.synchronize()?;
         let at = self.arena.get("batch");
+        let (max_splits, most) = (self.max_splits(), self.most_seqs());
         let words = bytemuck::cast_slice_mut(self.staging.as_mut_slice());
-        let max_splits = arena::max_splits(&self.g, self.driver.properties().sm_count as usize);
-        let (step, n) = Step::describe(batch, words, at, max_splits);
+        let (step, n) = Step::describe(batch, words, at, max_splits, most);
         self.step = step;
         self.rows = step.n_tokens;
         self.staging.upload(
@@ -325,21 +344,21 @@ impl Backend for GpuBackend {
 
     fn keep_wanted(&mut self, attn: &mut GpuBuf, x: &mut GpuBuf) -> Result<()> {
         let s = self.step;
-        if s.n_wanted < s.n_tokens && s.n_wanted > 0 {
+        if s.n_rows < s.n_tokens && s.n_rows > 0 {
             // An f32 is moved as two bf16.
             for (buf, width) in [(attn, self.g.q_width()), (x, 2 * self.g.hidden)] {
                 if width == 0 {
                     continue;
                 }
                 let args = args![buf.ptr, s.rows, self.wanted, width];
-                let launch = Kernels::elements(width, s.n_wanted);
+                let launch = Kernels::elements(width, s.n_rows);
                 self.launch(self.kernels.gather_rows, &launch, &args)?;
-                let bytes = s.n_wanted * width * 2;
+                let bytes = s.n_rows * width * 2;
                 // SAFETY: both buffers are in the arena and have at least as many rows.
                 unsafe { self.driver.copy(buf.ptr, self.wanted, bytes, self.stream) }?;
             }
         }
-        self.rows = s.n_wanted;
+        self.rows = s.n_rows;
         Ok(())
     }
 

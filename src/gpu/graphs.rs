@@ -1,4 +1,5 @@
-//! Decode steps as CUDA graphs: recorded once for each number of sequences, then launched as one piece of work.
+//! Decode steps as CUDA graphs: recorded once for each number of sequences (few, because steps are filled up), then
+//! launched as one piece of work.
 //!
 //! A launch from the host costs several microseconds and a decode step has hundreds; a graph's kernels follow each other
 //! within one. The first step of a number of sequences runs as it is, so that libraries can set up what they need, the next
@@ -11,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// Beyond this many sequences launches no longer cost more than the work, and each graph takes memory.
-const MAX_SEQS: usize = 32;
+pub const MAX_SEQS: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {

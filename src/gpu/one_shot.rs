@@ -263,8 +263,9 @@ impl DeviceCollective for OneShot {
 
     fn measure(&mut self, stream: Stream) -> Result<()> {
         self.meet()?;
-        let start = Instant::now();
         let trial = Trial::new(&self.driver.clone(), self.hidden, stream)?;
+        trial.connect(self)?;
+        let start = Instant::now();
         let mut mine = Vec::new();
         for rows in ways::ROWS {
             mine.extend(trial.measure(self, rows)?);

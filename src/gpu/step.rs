@@ -3,14 +3,19 @@
 use super::driver::DevicePtr;
 use crate::model::{Batch, BatchSeq, KV_BLOCK};
 
-/// Counts of a step, and the addresses of its tables.
+/// Marks a token whose k and v go nowhere, as in `common.cuh`.
+const NO_SLOT: u32 = u32::MAX;
+
+/// Counts of a step, and the addresses of its tables. A decode step may be filled up with rows that nobody reads.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
-    /// Tokens.
+    /// Tokens, filled up.
     pub n_tokens: usize,
-    /// Sequences.
+    /// Sequences, filled up.
     pub n_seqs: usize,
-    /// Rows of logits.
+    /// Rows of logits, filled up.
+    pub n_rows: usize,
+    /// Rows of logits that somebody reads, the first ones.
     pub n_wanted: usize,
     /// Most tokens that a sequence has in this step.
     pub longest: usize,
@@ -24,7 +29,7 @@ pub struct Step {
     pub slots: DevicePtr,
     /// `Seq [n_seqs]` of `common.cuh`.
     pub seqs: DevicePtr,
-    /// u32 `[n_wanted]`
+    /// u32 `[n_rows]`
     pub rows: DevicePtr,
     /// The block tables back to back: rows of one block, of which a sequence's `table_row` is the first.
     pub tables: DevicePtr,
@@ -50,6 +55,7 @@ impl Step {
         Step {
             n_tokens: 0,
             n_seqs: 0,
+            n_rows: 0,
             n_wanted: 0,
             longest: 0,
             splits: 1,
@@ -63,13 +69,23 @@ impl Step {
     }
 
     /// Writes the description of `batch` into `words`, whose copy lies at `at` on the device; the step and the number of
-    /// words. `max_splits` is how far one sequence's attention should be cut up to fill the device.
+    /// words. `max_splits` is how far one sequence's attention should be cut up to fill the device; decode steps are filled
+    /// up to the next [`bucket`] of `most`.
     pub fn describe(
         batch: &Batch,
         words: &mut [u32],
         at: DevicePtr,
         max_splits: usize,
+        most: usize,
     ) -> (Step, usize) {
+        let n_seqs = batch.seqs.len();
+        let fill = if is_decode(batch) {
+            n_seqs..bucket(n_seqs, most)
+        } else {
+            0..0
+        };
+        let filled = fill.len();
+        let zeros = || std::iter::repeat_n(0, filled);
         let mut n = 0;
         let mut put = |values: &mut dyn Iterator<Item = u32>| {
             let begin = at.offset(4 * n);
@@ -81,26 +97,40 @@ impl Step {
         };
         // Sequences first: they are read 16 bytes at a time. Tables last: all else has its place by the counts alone.
         let mut table_row = 0;
-        let seqs = put(&mut batch.seqs.iter().flat_map(|s| {
-            let row = table_row;
-            table_row += s.blocks.len() as u32;
-            [s.start as u32, s.len as u32, s.context_len as u32, row]
-        }));
-        let tokens = put(&mut batch.tokens.iter().copied());
-        let positions = put(&mut batch.positions.iter().copied());
-        let slots = put(&mut batch.seqs.iter().flat_map(|s| {
-            let slot = |p: usize| s.blocks[p / KV_BLOCK] * KV_BLOCK as u32 + (p % KV_BLOCK) as u32;
-            (s.context_len - s.len..s.context_len).map(slot)
-        }));
-        let rows = put(&mut batch.logit_rows.iter().copied());
+        let seqs = put(&mut batch
+            .seqs
+            .iter()
+            .flat_map(|s| {
+                let row = table_row;
+                table_row += s.blocks.len() as u32;
+                [s.start as u32, s.len as u32, s.context_len as u32, row]
+            })
+            .chain(fill.clone().flat_map(|row| [row as u32, 1, 0, 0])));
+        let tokens = put(&mut batch.tokens.iter().copied().chain(zeros()));
+        let positions = put(&mut batch.positions.iter().copied().chain(zeros()));
+        let slots = put(&mut batch
+            .seqs
+            .iter()
+            .flat_map(|s| {
+                let slot =
+                    |p: usize| s.blocks[p / KV_BLOCK] * KV_BLOCK as u32 + (p % KV_BLOCK) as u32;
+                (s.context_len - s.len..s.context_len).map(slot)
+            })
+            .chain(std::iter::repeat_n(NO_SLOT, filled)));
+        let rows = put(&mut batch
+            .logit_rows
+            .iter()
+            .copied()
+            .chain(fill.map(|row| row as u32)));
         let tables = put(&mut batch.seqs.iter().flat_map(|s| s.blocks.iter().copied()));
         let longest = |f: fn(&BatchSeq) -> usize| batch.seqs.iter().map(f).max().unwrap_or(0);
         let step = Step {
-            n_tokens: batch.tokens.len(),
-            n_seqs: batch.seqs.len(),
+            n_tokens: batch.tokens.len() + filled,
+            n_seqs: n_seqs + filled,
+            n_rows: batch.logit_rows.len() + filled,
             n_wanted: batch.logit_rows.len(),
             longest: longest(|s| s.len),
-            splits: splits(longest(|s| s.context_len), batch.seqs.len(), max_splits),
+            splits: splits(longest(|s| s.context_len), n_seqs + filled, max_splits),
             tokens,
             positions,
             slots,
@@ -113,7 +143,7 @@ impl Step {
 
     /// The key of a step in which every sequence has one token and wants its logits.
     pub fn decode_key(&self) -> Option<DecodeKey> {
-        let one_each = self.longest == 1 && self.n_wanted == self.n_seqs;
+        let one_each = self.longest == 1 && self.n_rows == self.n_seqs;
         one_each.then_some(DecodeKey {
             n_seqs: self.n_seqs,
             splits: self.splits,
@@ -121,8 +151,19 @@ impl Step {
     }
 }
 
+/// Whether every sequence has one token and wants its logits.
+fn is_decode(batch: &Batch) -> bool {
+    batch.seqs.iter().all(|s| s.len == 1) && batch.logit_rows.len() == batch.seqs.len()
+}
+
+/// How many sequences a decode step of `n` is filled up to, so that few graphs serve all numbers: the next power of two,
+/// or `most`.
+fn bucket(n: usize, most: usize) -> usize {
+    n.next_power_of_two().min(most).max(n)
+}
+
 /// The launch rule of `attention_decode.cu`, in powers of two so that few different graphs are needed while contexts grow.
-fn splits(longest_context: usize, n_seqs: usize, max_splits: usize) -> usize {
+pub fn splits(longest_context: usize, n_seqs: usize, max_splits: usize) -> usize {
     let (long, short) = (
         longest_context.div_ceil(128).max(16),
         longest_context.div_ceil(64),
@@ -150,7 +191,7 @@ mod tests {
             logit_rows: vec![1, 2],
         };
         let mut words = [0; 32];
-        let (step, n) = Step::describe(&batch, &mut words, DevicePtr(1000), 8);
+        let (step, n) = Step::describe(&batch, &mut words, DevicePtr(1000), 8, 64);
         let at = |p: DevicePtr, n: usize| words[(p.0 as usize - 1000) / 4..][..n].to_vec();
         assert_eq!(at(step.seqs, 8), [0, 2, 17, 0, 2, 1, 4, 2]);
         assert_eq!(at(step.tokens, 3), [5, 6, 7]);
@@ -159,6 +200,49 @@ mod tests {
         assert_eq!(at(step.rows, 2), [1, 2]);
         assert_eq!(at(step.tables, 3), [9, 4, 2]);
         assert_eq!((n, step.longest, step.decode_key()), (22, 2, None));
+    }
+
+    #[test]
+    fn a_decode_step_is_filled_up_with_rows_that_touch_nothing() {
+        let seq = |start, block| BatchSeq {
+            start,
+            len: 1,
+            context_len: 3,
+            blocks: vec![block],
+        };
+        let batch = Batch {
+            tokens: vec![5, 6, 7],
+            positions: vec![2; 3],
+            seqs: vec![seq(0, 9), seq(1, 4), seq(2, 2)],
+            logit_rows: vec![0, 1, 2],
+        };
+        let mut words = [99; 40];
+        let (step, n) = Step::describe(&batch, &mut words, DevicePtr(0), 8, 64);
+        let at = |p: DevicePtr, n: usize| words[p.0 as usize / 4..][..n].to_vec();
+        assert_eq!((step.n_tokens, step.n_seqs, step.n_rows), (4, 4, 4));
+        assert_eq!((step.n_wanted, n), (3, 16 + 4 * 4 + 3));
+        assert_eq!(at(step.seqs, 16)[8..], [2, 1, 3, 2, 3, 1, 0, 0]);
+        assert_eq!(at(step.tokens, 4), [5, 6, 7, 0]);
+        assert_eq!(at(step.positions, 4), [2, 2, 2, 0]);
+        assert_eq!(
+            at(step.slots, 4),
+            [9 * 16 + 2, 4 * 16 + 2, 2 * 16 + 2, NO_SLOT]
+        );
+        assert_eq!(at(step.rows, 4), [0, 1, 2, 3]);
+        assert_eq!(at(step.tables, 3), [9, 4, 2]);
+        let key = |most| {
+            Step::describe(&batch, &mut [0; 40], DevicePtr(0), 8, most)
+                .0
+                .decode_key()
+        };
+        assert_eq!(key(64).unwrap().n_seqs(), 4);
+        // As far as there is room, or not at all.
+        assert_eq!(key(3).unwrap().n_seqs(), 3);
+        assert_eq!(key(0).unwrap().n_seqs(), 3);
+        assert_eq!(
+            [5, 33, 40, 64, 65].map(|n| bucket(n, 48)),
+            [8, 48, 48, 64, 65]
+        );
     }
 
     #[test]

@@ -2,12 +2,16 @@
 //! connect, decode graphs are recorded.
 
 use super::LoadedRank;
+use super::step::splits;
 use crate::Result;
 use crate::model::{Backend, Batch, BatchSeq, BlockPool, KV_BLOCK, forward};
 use std::time::Instant;
 
 /// Rows of the smallest prefill: fewer are products of our own.
 const SMALLEST: usize = 16;
+/// Layers of all recorded steps together: each runs once, which takes a fifth of a millisecond or so, and all of them half a
+/// second. A count, because the ranks have to stop at the same step.
+const RECORDED_LAYERS: usize = 2500;
 /// Layers that show every shape of product there is: behind the last one's attention only the wanted rows are left.
 const LAYERS: usize = 2;
 
@@ -41,16 +45,46 @@ impl LoadedRank {
         let prefilled = doubling(SMALLEST, longest).try_for_each(|n| self.prefill(n));
         self.model.layers.extend(rest);
         prefilled?;
-        // The first of these runs as it is, and all that differ in how attention is cut are recorded.
-        for context in std::iter::once(1).chain(doubling(64, context)) {
-            self.run(&sequence(context - 1, context, 1))?;
-        }
+        let n_seqs = self.record_decode_steps()?;
         tracing::info!(
-            "warmed up in {:.2} s, {} decode graphs",
+            "warmed up in {:.2} s, {} decode graphs for up to {n_seqs} sequences",
             start.elapsed().as_secs_f64(),
             self.backend.recorded_graphs()
         );
         Ok(())
+    }
+
+    /// Records the decode steps that there may be, those of few sequences first; the largest number of sequences for which
+    /// all are recorded. What is left is recorded when it first comes.
+    fn record_decode_steps(&mut self) -> Result<usize> {
+        let n_blocks = self.backend.limits.n_kv_blocks;
+        let (mut recorded, mut n_layers) = (0, 0);
+        for n in doubling(1, self.backend.most_seqs()) {
+            // The fewest sequences that are filled up to `n` leave the longest one the most blocks.
+            let n_seqs = recorded + 1;
+            if n_seqs > n_blocks {
+                break;
+            }
+            let contexts = self.contexts(n, (n_blocks - recorded) * KV_BLOCK);
+            n_layers += (contexts.len() + 1) * self.model.layers.len();
+            if n > 1 && n_layers > RECORDED_LAYERS {
+                break;
+            }
+            // The first one runs as it is.
+            for context in std::iter::once(1).chain(contexts) {
+                self.run(&decode(n_seqs, context))?;
+            }
+            recorded = n;
+        }
+        Ok(recorded)
+    }
+
+    /// Lengths of the longest of `n` sequences, up to `most`, that differ in how attention is cut.
+    fn contexts(&self, n: usize, most: usize) -> Vec<usize> {
+        let max_splits = self.backend.max_splits();
+        let mut contexts: Vec<usize> = doubling(64, most).collect();
+        contexts.dedup_by_key(|c| splits(*c, n, max_splits));
+        contexts
     }
 
     /// A prompt of `n` tokens, with as many rows of logits as a step may have.
@@ -92,6 +126,24 @@ fn sequence(from: usize, to: usize, rows: usize) -> Batch {
         }],
         logit_rows: ((n - rows) as u32..n as u32).collect(),
     }
+}
+
+/// A token of each of `n` sequences with a block each; the first one's is the last of `context`.
+fn decode(n: usize, context: usize) -> Batch {
+    let mut batch = sequence(context - 1, context, 1);
+    let first_free = BlockPool::blocks_for(context) as u32;
+    for row in 1..n {
+        batch.tokens.push(0);
+        batch.positions.push(0);
+        batch.logit_rows.push(row as u32);
+        batch.seqs.push(BatchSeq {
+            start: row,
+            len: 1,
+            context_len: 1,
+            blocks: vec![first_free + row as u32 - 1],
+        });
+    }
+    batch
 }
 
 #[cfg(test)]

@@ -1,16 +1,19 @@
 //! Which way the sums over ranks of a decode step take, measured at the start: fused with the residual add and the norm over
 //! peer memory, or the library's and then a kernel for the rest.
 
+use super::backend::wait_for;
 use super::chain::chain_us;
 use super::collective::{DeviceCollective, FusedNorm};
 use super::driver::{Driver, Function, Launch, Stream, args};
 use super::kernels;
-use super::memory::DeviceBuffer;
+use super::memory::{DeviceBuffer, OwnedEvent};
 use crate::Result;
 use std::sync::Arc;
 
 /// Rows of the sums that are measured; a sum of another number goes the way of the next one up.
 pub const ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+/// Of the norm; any will do.
+const EPS: f32 = 1e-6;
 /// Times that each is measured; the best counts.
 const RUNS: usize = 3;
 /// The library has won where it takes less than this part of the fused sum's time: the two round differently, and noise must
@@ -104,7 +107,7 @@ impl Trial {
             h: self.h.ptr(),
             rows,
             hidden: self.hidden,
-            eps: 1e-6,
+            eps: EPS,
         };
         // SAFETY: the buffers outlive the stream's work (see the type).
         let fused_us = chain_us(driver, comm, stream, RUNS, |comm| unsafe {
@@ -114,9 +117,7 @@ impl Trial {
             return Ok(None);
         };
         let library_us = chain_us(driver, comm, stream, RUNS, |comm| {
-            // SAFETY: as above.
-            unsafe { comm.all_reduce(fused.partial, rows * fused.hidden, stream) }?;
-            self.add_norm(&fused).map(|()| true)
+            self.by_library(comm, rows).map(|()| true)
         })?;
         Ok(library_us.map(|library_us| Way {
             rows,
@@ -125,11 +126,30 @@ impl Trial {
         }))
     }
 
-    fn add_norm(&self, f: &FusedNorm) -> Result<()> {
-        let args = args![f.partial, f.x, f.weight, f.h, f.hidden, f.eps];
-        let launch = Launch::norm(f.rows, f.hidden);
+    /// The first sum by the library, which connects the ranks: no part of what a sum takes.
+    ///
+    /// # Errors
+    /// Those of the driver and the library; a lost rank.
+    pub fn connect(&self, comm: &mut dyn DeviceCollective) -> Result<()> {
+        let connected = self.by_library(comm, ROWS[0]).and_then(|()| {
+            let done = OwnedEvent::new(&self.driver, false)?;
+            done.record(self.stream)?;
+            wait_for(&done, comm)
+        });
+        if connected.is_err() {
+            comm.abandon();
+        }
+        connected
+    }
+
+    fn by_library(&self, comm: &mut dyn DeviceCollective, rows: usize) -> Result<()> {
+        let (partial, n) = (self.partial.ptr(), rows * self.hidden);
+        let (x, weight, h) = (self.x.ptr(), self.weight.ptr(), self.h.ptr());
+        let args = args![partial, x, weight, h, self.hidden, EPS];
+        let launch = Launch::norm(rows, self.hidden);
         // SAFETY: the parameters of norm.cu; the buffers outlive the stream's work (see the type).
         unsafe {
+            comm.all_reduce(partial, n, self.stream)?;
             self.driver
                 .launch(self.add_norm, &launch, &args, self.stream)
         }

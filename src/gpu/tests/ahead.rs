@@ -186,3 +186,70 @@ fn greedy_and_drawn_tokens_share_steps() {
     };
     ahead_is_the_same("qwen2-untied", 2, &[SamplingParams::greedy(), drawn], 3);
 }
+
+/// Decode steps of 3, 5, 2, … sequences with a block each, after the warm-up, on one of the ranks.
+fn steps_after_warm_up(dir: &Path, golden: &Golden, comm: ThreadRanks) -> Vec<f32> {
+    let (rank, size) = (comm.rank, comm.size());
+    let standin = Arc::new(Standin::new(Options {
+        seed: 11 + rank as u64,
+        ordinal: rank as u32,
+        ..Options::default()
+    }));
+    let peers: Option<Box<dyn HostCollective>> = match size {
+        1 => None,
+        _ => Some(Box::new(comm)),
+    };
+    let hidden = ModelConfig::from_dir(dir).unwrap().hidden_size;
+    let parts = Parts::standin(&standin, peers, hidden).unwrap();
+    let mut rank = Rank::load(dir, size, rank, parts, LIMITS).unwrap();
+    let ids = golden.ids("short.ids");
+    let vocab = rank.0.activations.logits.cols();
+    rank.0.warm_up(vocab - PADDING).unwrap();
+    let recorded = rank.0.backend.recorded_graphs();
+    let (_, allocated, _) = standin.counts();
+
+    let mut lens = [4, 5, 6, 7, 8, 3];
+    let batch = |seqs: &[(usize, usize)]| {
+        let prompts: Vec<_> = seqs
+            .iter()
+            .map(|&(from, to)| (&ids[..], from, to))
+            .collect();
+        let mut batch = batch_of(&prompts);
+        for (seq, block) in batch.seqs.iter_mut().zip([7, 2, 9, 0, 5, 11]) {
+            seq.blocks = vec![block];
+        }
+        batch
+    };
+    rank.step(&batch(&lens.map(|n| (0, n)))).unwrap();
+    let mut all = Vec::new();
+    for n in [3, 5, 2, 6, 1, 4, 5] {
+        let seqs: Vec<_> = lens[..n].iter().map(|&len| (len, len + 1)).collect();
+        let got = rank.step(&batch(&seqs)).unwrap();
+        assert_eq!(got.len(), n * vocab);
+        let rows = golden.floats("short.logits");
+        for (got, &(from, _)) in got.chunks(vocab).zip(&seqs) {
+            let (worst, _) = distance(got, &rows[from * vocab..][..vocab], vocab);
+            assert!(worst < WORST_ROW, "{n} sequences, token {from}: {worst:.4}");
+        }
+        lens[..n].iter_mut().for_each(|len| *len += 1);
+        all.extend(got);
+    }
+    assert_eq!(rank.0.backend.recorded_graphs(), recorded);
+    assert_eq!(standin.counts().1, allocated);
+    all
+}
+
+/// Steps of any number of sequences are replays, filled up with rows that change nothing.
+#[test]
+fn after_the_warm_up_nothing_is_recorded_or_allocated() {
+    for (name, size) in [("qwen2-untied", 1), ("qwen3-sharded", 2)] {
+        let dir = models().join(name);
+        let (dir, golden) = (&dir, &Golden::open(&dir));
+        let outcomes: Vec<_> = std::thread::scope(|scope| {
+            let run = |comm| scope.spawn(move || steps_after_warm_up(dir, golden, comm));
+            let threads: Vec<_> = ThreadRanks::all(size).into_iter().map(run).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        assert!(outcomes.iter().all(|o| *o == outcomes[0]), "{name}");
+    }
+}
