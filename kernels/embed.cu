@@ -1,20 +1,20 @@
-// Vocabulary-parallel embedding: the rows of this rank's part of the table, as f32; zeros for tokens of other ranks' rows, so
-// that the sum over ranks is the embedding.
+// Vocabulary-parallel embedding: the rows of this rank's part of the table; zeros for tokens of other ranks' rows, so that the sum over
+// ranks is the embedding. The residual stream, to which that sum is added, begins as zeros.
 //
 //   embed(table bf16 [n_near, hidden], far_table bf16 [n_rows - n_near, hidden], tokens u32 [n_tokens], chosen u32,
-//         x f32 [n_tokens, hidden], hidden, first_row, n_near, n_rows)
+//         partial bf16 [n_tokens, hidden], x f32 [n_tokens, hidden], hidden, first_row, n_near, n_rows)
 //     The rows from n_near on may lie in pinned host memory.
 //     grid (n_tokens), block any number of warps (128). Token id t is row t - first_row of the tables; an entry of `tokens` with
 //     its highest bit set is a row of `chosen`, what the step before has sampled, which the host need not know yet.
-//     hidden % 8 == 0. Reads the named rows, writes all of x.
+//     hidden % 8 == 0. Reads the named rows, writes all of partial and x.
 //
-// Numerics: exact.
+// Numerics: exact, the sum over ranks included: all but one of its terms are zeros.
 #include "common.cuh"
 
 constexpr u32 CHOSEN = 0x80000000u;
 
-extern "C" __global__ void embed(const bf16* table, const bf16* far_table, const u32* tokens, const u32* chosen, float* x, int hidden, u32 first_row,
-                                 u32 n_near, u32 n_rows) {
+extern "C" __global__ void embed(const bf16* table, const bf16* far_table, const u32* tokens, const u32* chosen, bf16* partial, float* x, int hidden,
+                                 u32 first_row, u32 n_near, u32 n_rows) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     u32 token = load(tokens + blockIdx.x);
@@ -23,13 +23,11 @@ extern "C" __global__ void embed(const bf16* table, const bf16* far_table, const
     u32 row = token - first_row;
     bool here = row < n_rows;
     const bf16* from = row < n_near ? table + static_cast<u64>(row) * hidden : far_table + static_cast<u64>(here ? row - n_near : 0) * hidden;
-    float* to = x + static_cast<u64>(blockIdx.x) * hidden;
+    const u64 to = static_cast<u64>(blockIdx.x) * hidden;
     for (int i = static_cast<int>(threadIdx.x) * 8; i < hidden; i += static_cast<int>(blockDim.x) * 8) {
-        Vec16 v = here ? load16(from + i) : zero16();
-        Vec16 first{{v.w[0] << 16, v.w[0] & 0xffff0000u, v.w[1] << 16, v.w[1] & 0xffff0000u}};
-        Vec16 second{{v.w[2] << 16, v.w[2] & 0xffff0000u, v.w[3] << 16, v.w[3] & 0xffff0000u}};
-        store16(to + i, first);
-        store16(to + i + 4, second);
+        store16(partial + to + i, here ? load16(from + i) : zero16());
+        store16(x + to + i, zero16());
+        store16(x + to + i + 4, zero16());
     }
 }
 

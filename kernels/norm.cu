@@ -1,10 +1,9 @@
-// RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of the f32 residual stream, alone and behind the residual add.
+// RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of the f32 residual stream, behind the residual add.
 //
-//   rms_norm(x f32 [n_tokens, hidden], weight bf16 [hidden], h bf16 [n_tokens, hidden], hidden, eps)
-//     h = x / sqrt(mean(x²) + eps) · weight
-//   add_rms_norm(partial bf16 [n_tokens, hidden], x f32 in and out, weight, h, hidden, eps)
-//     x += partial, then the same
-//     both: grid (n_tokens), block whole warps, at least hidden / 16 threads: min(1024, hidden / 8 rounded up to warps)
+//   add_rms_norm(partial bf16 [n_tokens, hidden], x f32 [n_tokens, hidden] in and out, weight bf16 [hidden],
+//                h bf16 [n_tokens, hidden], hidden, eps)
+//     x += partial;  h = x / sqrt(mean(x²) + eps) · weight
+//     grid (n_tokens), block whole warps, at least hidden / 16 threads: min(1024, hidden / 8 rounded up to warps)
 //     is the choice. hidden % 8 == 0, hidden ≤ 16384. Each row is read once and written once.
 //
 // Numerics: f32 throughout, one rounding to bf16 at the end. The order of the sum depends on the block size alone.
@@ -14,8 +13,8 @@
 #include "common.cuh"
 #include "rows.cuh"
 
-template <bool ADD>
-__device__ __forceinline__ void norm_row(const bf16* partial, const float* x_in, float* x_out, const bf16* weight, bf16* h, int hidden, float eps) {
+extern "C" __global__ void __launch_bounds__(1024)
+    add_rms_norm(const bf16* partial, float* x, const bf16* weight, bf16* h, int hidden, float eps) {
     const u64 row = static_cast<u64>(blockIdx.x) * hidden;
     let_next_kernel_start();
     Vec16 w[MAX_VECTORS];
@@ -29,25 +28,14 @@ __device__ __forceinline__ void norm_row(const bf16* partial, const float* x_in,
     for (int v = 0; v < MAX_VECTORS; ++v) {
         const int i = element(v);
         if (i >= hidden) continue;
-        load_floats(x_in + row + i, values[v]);
-        if (ADD) {
-            float add[8];
-            unpack8(load16(partial + row + i), add);
+        float add[8];
+        load_floats(x + row + i, values[v]);
+        unpack8(load16(partial + row + i), add);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) values[v][j] += add[j];
-            store_floats(x_out + row + i, values[v]);
-        }
+        for (int j = 0; j < 8; ++j) values[v][j] += add[j];
+        store_floats(x + row + i, values[v]);
     }
     write_norm(values, w, h + row, hidden, eps);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) rms_norm(const float* x, const bf16* weight, bf16* h, int hidden, float eps) {
-    norm_row<false>(nullptr, x, nullptr, weight, h, hidden, eps);
-}
-
-extern "C" __global__ void __launch_bounds__(1024)
-    add_rms_norm(const bf16* partial, float* x, const bf16* weight, bf16* h, int hidden, float eps) {
-    norm_row<true>(partial, x, x, weight, h, hidden, eps);
-}
-
-KERNELS(rms_norm, add_rms_norm)
+KERNELS(add_rms_norm)

@@ -1,7 +1,7 @@
 //! What leaves the program: the answer on stdout, everything else on stderr.
 
 use crate::engine::FinishReason;
-use crate::plan::{RankBytes, bytes};
+use crate::plan::{Prediction, RankBytes, Tiers, bytes};
 use crate::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -19,6 +19,8 @@ pub struct RankReport {
     pub device: String,
     /// What it holds, in bytes.
     pub bytes: RankBytes,
+    /// Where it holds it.
+    pub tiers: Tiers,
 }
 
 /// How long things took, in seconds.
@@ -52,6 +54,11 @@ pub struct Answer {
     pub finish_reason: FinishReason,
     /// How long it took.
     pub timings: Timings,
+    /// What the plan predicted.
+    pub predicted: Prediction,
+    /// Link and cores of rank 0 together, in GB/s, where they were measured for an offload.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_gbs: Option<f64>,
     /// Who took part.
     pub ranks: Vec<RankReport>,
     /// Keys of the request that are handed through.
@@ -126,12 +133,18 @@ pub fn summary(timings: &Timings, n_tokens: usize, ranks: &[RankReport]) -> Stri
             .filter(|(_, n)| *n > 0)
             .map(|(what, n)| format!("{what} {}", bytes::format(*n)))
             .collect();
+        let t = &r.tiers;
+        let places: Vec<String> = [("GPU", t.device), ("host", t.host), ("files", t.file)]
+            .iter()
+            .filter(|(_, n)| *n > 0)
+            .map(|(place, n)| format!("{} {place}", bytes::format(*n)))
+            .collect();
         text += &format!(
             "\nrank {} on {}, {}: {} ({})",
             r.rank,
             r.host,
             r.device,
-            bytes::format(r.bytes.total),
+            places.join(" + "),
             parts.join(", ")
         );
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// Width of the residual stream where no model says it: Qwen2.5-72B's.
 pub const DEFAULT_HIDDEN: usize = 8192;
 /// Rows of the sums over ranks of a decode step.
-pub const DECODE_ROWS: [usize; 4] = [1, 2, 4, 8];
+pub const DECODE_ROWS: [usize; 6] = crate::gpu::ways::ROWS;
 /// Bytes of the larger sums.
 pub const LARGE_SUMS: [usize; 6] = [64 << 10, 256 << 10, 1 << 20, 2 << 20, 8 << 20, 32 << 20];
 
@@ -55,8 +55,21 @@ pub struct AllReduce {
     pub rows: Option<usize>,
     /// Fused with the residual and the norm, over peer memory, where the ranks can.
     pub fused_us: Option<f64>,
-    /// By the collective library.
+    /// By the collective library, nothing behind it.
     pub library_us: f64,
+    /// What was measured at the start of the run, where the ranks have both ways.
+    pub at_start: Option<AtStart>,
+}
+
+/// The choice between the ways of a sum with the residual add and the norm behind it, on the slowest rank, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct AtStart {
+    /// Fused, over peer memory.
+    pub fused_us: f64,
+    /// The library's sum, then a kernel for the rest.
+    pub library_us: f64,
+    /// Whether steps take the fused sum.
+    pub is_fused: bool,
 }
 
 /// What the ranks have measured.
@@ -148,6 +161,11 @@ pub(super) mod tests {
             rows,
             fused_us,
             library_us,
+            at_start: fused_us.map(|us| AtStart {
+                fused_us: us,
+                library_us: library_us + 2.0,
+                is_fused: true,
+            }),
         };
         let rank = RankCeilings {
             host: "node".to_owned(),

@@ -24,8 +24,11 @@ pub struct Way {
     pub predicted: Option<Prediction>,
     /// Where the plan puts the bytes, all ranks together.
     pub tiers: Option<Tiers>,
-    /// The least that a decode step could take: each rank's device, link and cores at their measured rates at once.
+    /// The least that a decode step could take: each rank's device, link and cores at their measured rates at once, those of an
+    /// offloaded run as it measured them itself.
     pub decode_limit_s: Option<f64>,
+    /// What the rank with most of it reads from host memory in a step, in bytes.
+    pub host_read_bytes: Option<f64>,
     /// The figures, unless it failed.
     pub measured: Option<Measured>,
     /// Joules of all its GPUs for one token of one sequence while decoding, where NVML counts them.
@@ -125,7 +128,7 @@ fn request(
         max_seqs: size.batch,
         context: size.prompt_tokens + size.max_tokens,
         max_step_tokens: match kind {
-            DeviceKind::Cuda => crate::session::GPU_STEP_TOKENS,
+            DeviceKind::Cuda => crate::plan::GPU_STEP_TOKENS,
             DeviceKind::Cpu => base.max_step_tokens,
         },
         gpu_memory,
@@ -160,7 +163,7 @@ impl Way {
     ) -> Way {
         let plan = ceilings.and_then(|c| {
             let gpu_memory = gpu_memory.or_else(|| device_memory(c));
-            Plan::new(
+            Plan::for_run(
                 &model.config,
                 &request(model, &size, gpu_memory, host_memory, c),
             )
@@ -179,16 +182,18 @@ impl Way {
                 weights_pinned: sum(|t| t.weights_pinned)?,
             })
         };
+        let limit = plan
+            .as_ref()
+            .zip(ceilings)
+            .and_then(|(plan, c)| decode_limit(model, &size, plan, c));
         Way {
             name,
             size,
             gpu_memory,
             predicted: plan.as_ref().map(|p| p.predicted),
             tiers: tiers(),
-            decode_limit_s: plan
-                .as_ref()
-                .zip(ceilings)
-                .and_then(|(plan, c)| decode_limit(model, &size, plan, c)),
+            decode_limit_s: limit.map(|l| l.0),
+            host_read_bytes: limit.map(|l| l.1).filter(|&bytes| bytes > 0.0),
             measured: None,
             joules_per_token: None,
             error: None,
@@ -221,6 +226,15 @@ impl Way {
                 let last = first + Duration::from_secs_f64(m.decode_s);
                 let joules = readings.between(first, last);
                 self.joules_per_token = joules.filter(|_| tokens > 0).map(|j| j / tokens as f64);
+                if let (Some(gbs), Some(bytes)) = (m.host_gbs, self.host_read_bytes) {
+                    self.decode_limit_s = Some(bytes / gbs / 1e9);
+                }
+                // An offloaded run predicts by what it has measured itself.
+                if let (Some(p), Some(s), Some(_)) =
+                    (&mut self.predicted, m.predicted_tpot_s, m.host_gbs)
+                {
+                    p.tpot_s = s;
+                }
                 self.measured = Some(m);
             }
             Err(e) => self.error = Some(e.to_string()),
@@ -244,13 +258,18 @@ fn meter(ceilings: &Ceilings) -> Option<Meter> {
     }
 }
 
-/// The slowest rank's decode step with its device, its link and its cores at work at once; `None` where bytes come from
-/// files, whose rate is not measured.
-fn decode_limit(model: &Model, size: &Size, plan: &Plan, ceilings: &Ceilings) -> Option<f64> {
-    if plan.ranks.iter().all(|r| r.fits) {
-        return limits(&model.config, model.dtype, size, ceilings).map(|l| l.decode_s);
+/// The slowest rank's decode step with its device, its link and its cores at work at once, and the most bytes that a rank
+/// reads from host memory in it; `None` where bytes come from files, whose rate is not measured.
+fn decode_limit(
+    model: &Model,
+    size: &Size,
+    plan: &Plan,
+    ceilings: &Ceilings,
+) -> Option<(f64, f64)> {
+    if plan.fits() {
+        return limits(&model.config, model.dtype, size, ceilings).map(|l| (l.decode_s, 0.0));
     }
-    let mut slowest: f64 = 0.0;
+    let (mut slowest, mut most): (f64, f64) = (0.0, 0.0);
     for (rank, measured) in plan.ranks.iter().zip(&ceilings.ranks) {
         let gpu = measured.gpu?;
         let Tiers { host, file, .. } = rank.tiers;
@@ -263,6 +282,7 @@ fn decode_limit(model: &Model, size: &Size, plan: &Plan, ceilings: &Ceilings) ->
         let beside = gpu.link_beside_cores_gbs + gpu.cores_beside_link_gbs;
         let device_s = (read.bytes - host) as f64 / gpu.read_gbs / 1e9;
         slowest = slowest.max(device_s).max(host as f64 / beside / 1e9);
+        most = most.max(host as f64);
     }
-    Some(slowest)
+    Some((slowest, most))
 }

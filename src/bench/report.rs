@@ -68,7 +68,15 @@ pub fn ceilings_text(ceilings: &Ceilings) -> String {
         "sums over the ranks by {}, rows of {}",
         ceilings.collective, ceilings.hidden
     );
-    let mut rows = vec![words(&["message", "rows", "fused µs", "library µs"])];
+    let mut rows = vec![words(&[
+        "message",
+        "rows",
+        "fused µs",
+        "library µs",
+        "at start: fused",
+        "library + norm",
+        "taken",
+    ])];
     for sum in &ceilings.all_reduce {
         rows.push(vec![
             bytes::format(sum.bytes as u64),
@@ -76,6 +84,12 @@ pub fn ceilings_text(ceilings: &Ceilings) -> String {
             sum.fused_us.map_or("-".to_owned(), figure),
             figure(sum.library_us),
         ]);
+        let chosen = sum.at_start.map(|s| {
+            let taken = if s.is_fused { "fused" } else { "library" };
+            [figure(s.fused_us), figure(s.library_us), taken.to_owned()]
+        });
+        let line = rows.len() - 1;
+        rows[line].extend(chosen.unwrap_or(["-"; 3].map(str::to_owned)));
     }
     out + &align(&rows)
 }

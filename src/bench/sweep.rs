@@ -50,6 +50,10 @@ pub struct Measured {
     pub tokens_per_s: f64,
     /// From the first token of the first sequence to the last of the last.
     pub decode_s: f64,
+    /// A further token as the run itself predicted it.
+    pub predicted_tpot_s: Option<f64>,
+    /// Link and cores of rank 0 together, in GB/s, where the run offloads and has measured them.
+    pub host_gbs: Option<f64>,
     /// What every rank says of itself.
     pub ranks: Value,
 }
@@ -297,6 +301,8 @@ fn measured(text: &str, batch: usize) -> Result<Measured> {
             0.0
         },
         decode_s: last.into_iter().fold(ttft_s, f64::max) - ttft_s,
+        predicted_tpot_s: answers[0]["predicted"]["tpot_s"].as_f64(),
+        host_gbs: answers[0]["host_gbs"].as_f64(),
         ranks: answers[0]["ranks"].clone(),
     })
 }

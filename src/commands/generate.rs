@@ -182,13 +182,15 @@ fn batch_line(
             ));
         }
     };
-    const OURS: [&str; 7] = [
+    const OURS: [&str; 9] = [
         "text",
         "token_ids",
         "prompt_token_ids",
         "logprobs",
         "finish_reason",
         "timings",
+        "predicted",
+        "host_gbs",
         "ranks",
     ];
     match OURS.iter().find(|key| extra.contains_key(**key)) {

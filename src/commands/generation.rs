@@ -154,6 +154,8 @@ impl Generation {
             logprobs: logprobs.then_some(self.logprobs),
             finish_reason,
             timings: timings(report.load_s, &self.times),
+            predicted: report.predicted,
+            host_gbs: report.host_gbs,
             ranks: report.ranks.clone(),
             extra: self.extra,
         }

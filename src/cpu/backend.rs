@@ -179,34 +179,16 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn embed(&mut self, table: &HostWeight, x: &mut HostBuf) -> Result<()> {
+    fn embed(&mut self, table: &HostWeight, partial: &mut HostBuf, x: &mut HostBuf) -> Result<()> {
         let t = self.n_rows;
         super::embed(
             &self.pool,
             table.matrix(),
             self.first_row,
             &self.batch.tokens,
-            x.rows_mut(t),
+            partial.rows_mut(t),
         );
-        Ok(())
-    }
-
-    fn all_reduce(&mut self, x: &mut HostBuf) -> Result<()> {
-        match self.n_rows {
-            0 => Ok(()),
-            t => self.comm.all_reduce(x.rows_mut(t)),
-        }
-    }
-
-    fn rms_norm(&mut self, x: &HostBuf, weight: &HostWeight, h: &mut HostBuf) -> Result<()> {
-        let t = self.n_rows;
-        super::rms_norm(
-            &self.pool,
-            x.rows(t),
-            weight.vector(),
-            self.rms_norm_eps,
-            h.rows_mut(t),
-        );
+        x.rows_mut(t).fill(0.0);
         Ok(())
     }
 
@@ -218,7 +200,9 @@ impl Backend for CpuBackend {
         h: &mut HostBuf,
     ) -> Result<()> {
         let t = self.n_rows;
-        self.all_reduce(partial)?;
+        if t > 0 {
+            self.comm.all_reduce(partial.rows_mut(t))?;
+        }
         super::add_rms_norm(
             &self.pool,
             partial.rows(t),

@@ -42,12 +42,19 @@ pub(super) fn gemv(
 
 /// The plain product, its rows handed out piece by piece: beside a GPU that is driven from one of the cores, and a link that
 /// takes its part of the memory's bandwidth, no two cores are equally fast.
-pub(super) fn shared_out(pool: &Pool, x: &[f32], m: usize, w: Matrix<'_>, y: &mut [f32]) {
+pub(super) fn shared_out(
+    pool: &Pool,
+    threads: usize,
+    x: &[f32],
+    m: usize,
+    w: Matrix<'_>,
+    y: &mut [f32],
+) {
     let (isa, n) = (pool.isa(), w.rows);
     let row_bytes = (w.cols * w.dtype.size()).max(1);
     let rows = (CHUNK_BYTES / row_bytes).clamp(4, CHUNK_ROWS);
     let y = Shards::new(y);
-    pool.for_each_chunk(n.div_ceil(rows), |_, chunk| {
+    pool.for_each_chunk_on(threads, n.div_ceil(rows), |_, chunk| {
         isa.dispatch(Rows {
             x,
             m,

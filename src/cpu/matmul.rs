@@ -103,11 +103,12 @@ impl Kernels {
     }
 }
 
-/// `y[m, n] = x[m, k] · w[n, k]ᵀ` as a stream of the weights, for the few rows of a decode step.
-pub fn few_rows(pool: &Pool, x: &[f32], m: usize, w: Matrix<'_>, y: &mut [f32]) {
+/// `y[m, n] = x[m, k] · w[n, k]ᵀ` as a stream of the weights, for the few rows of a decode step, by the first `threads` threads
+/// of the pool.
+pub fn few_rows(pool: &Pool, threads: usize, x: &[f32], m: usize, w: Matrix<'_>, y: &mut [f32]) {
     assert_eq!(x.len(), m * w.cols);
     assert_eq!(y.len(), m * w.rows);
-    gemv::shared_out(pool, x, m, w, y);
+    gemv::shared_out(pool, threads, x, m, w, y);
 }
 
 #[cfg(test)]

@@ -212,13 +212,23 @@ impl Pool {
 
     /// Runs `f(thread, chunk)` for every chunk of `0..chunks`, each once, on whichever thread is free.
     pub fn for_each_chunk(&self, chunks: usize, f: impl Fn(usize, usize) + Sync) {
+        self.for_each_chunk_on(self.threads(), chunks, f);
+    }
+
+    /// The same on the first `threads` threads alone.
+    pub fn for_each_chunk_on(
+        &self,
+        threads: usize,
+        chunks: usize,
+        f: impl Fn(usize, usize) + Sync,
+    ) {
         if chunks <= 1 {
             (0..chunks).for_each(|chunk| f(0, chunk));
             return;
         }
         let next = AtomicUsize::new(0);
         self.run(|tid, _| {
-            loop {
+            while tid < threads.max(1) {
                 let chunk = next.fetch_add(1, Ordering::Relaxed);
                 if chunk >= chunks {
                     break;

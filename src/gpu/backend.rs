@@ -2,24 +2,23 @@
 
 use super::Limits;
 use super::arena::{self, Arena, StepBuffers};
-use super::collective::{DeviceCollective, Element, FusedNorm};
+use super::attention::{kv_bytes, upload_inv_freq};
+use super::collective::{DeviceCollective, FusedNorm};
 use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Pinned, Stream, args};
 use super::gemm::Gemm;
 use super::geometry::Geometry;
 use super::graphs::Graphs;
-use super::launch::{Kernels, PREFILL_SHARED_PER_ELEMENT};
+use super::launch::Kernels;
 use super::load::GpuWeight;
 use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
 use super::offload::Offload;
-use super::products::{Form, GEMV_ROWS, Target};
+use super::products::{Form, Target};
 use super::rank::Parts;
 use super::sampling::Fetching;
 use super::step::Step;
 use crate::Result;
 use crate::config::ModelConfig;
-use crate::model::{
-    Activations, Backend, Batch, CANDIDATES, Candidates, Choice, Fetch, KV_BLOCK, Layer,
-};
+use crate::model::{Activations, Backend, Batch, CANDIDATES, Candidates, Choice, Fetch, Layer};
 use std::sync::Arc;
 
 /// A step buffer: rows of `cols` elements in the arena.
@@ -181,16 +180,6 @@ impl GpuBackend {
         self.kernels.run(kernel, launch, args, self.stream)
     }
 
-    /// Sums a buffer of the step over the ranks, unless there is nothing to do.
-    fn sum_over_ranks(&mut self, x: &GpuBuf, element: Element) -> Result<()> {
-        if self.idle() {
-            return Ok(());
-        }
-        let n = self.rows * x.cols;
-        // SAFETY: the arena outlives the stream's work.
-        unsafe { self.comm.all_reduce(x.ptr, n, element, self.stream) }
-    }
-
     /// Waits until everything enqueued is done; a rank that is lost meanwhile ends the wait.
     pub(super) fn synchronize(&mut self) -> Result<()> {
         self.done.record(self.stream)?;
@@ -199,21 +188,9 @@ impl GpuBackend {
         done
     }
 
-    fn norm_launch(&self) -> Launch {
-        let threads = (self.g.hidden / 8).next_multiple_of(32).min(1024);
-        Launch::linear(self.rows, threads as u32)
-    }
-
     /// How many decode graphs have been recorded.
     pub fn recorded_graphs(&self) -> usize {
         self.graphs.recorded()
-    }
-
-    /// K and V cache of a layer.
-    fn layer_cache(&self, index: usize) -> (DevicePtr, DevicePtr) {
-        let half = self.cache.bytes() / (2 * self.g.n_layers.max(1));
-        let k = self.cache.ptr().offset(2 * index * half);
-        (k, k.offset(half))
     }
 }
 
@@ -226,30 +203,6 @@ pub(super) fn wait_for(event: &OwnedEvent, ranks: &mut dyn DeviceCollective) -> 
     }
     event.synchronize()?;
     ranks.check()
-}
-
-/// Bytes of a rank's KV cache.
-pub fn kv_bytes(g: &Geometry, n_blocks: usize) -> usize {
-    2 * g.n_layers * n_blocks * g.n_kv_heads * KV_BLOCK * g.padded_head_dim * 2
-}
-
-fn upload_inv_freq(
-    driver: &Arc<dyn Driver>,
-    g: &Geometry,
-    inv_freq: &[f32],
-    stream: Stream,
-) -> Result<DeviceBuffer> {
-    let bytes = g.padded_head_dim / 2 * 4;
-    let mut staging = PinnedBuffer::new(driver, bytes, Pinned::Cached, "rotation table")?;
-    // Padding turns by nothing.
-    let (table, rest) =
-        bytemuck::cast_slice_mut::<u8, f32>(staging.as_mut_slice()).split_at_mut(inv_freq.len());
-    table.copy_from_slice(inv_freq);
-    rest.fill(0.0);
-    let table = DeviceBuffer::new(driver, bytes, "rotation table")?;
-    staging.upload(0..bytes, &table, 0, stream)?;
-    driver.synchronize(stream)?;
-    Ok(table)
 }
 
 impl Backend for GpuBackend {
@@ -292,13 +245,14 @@ impl Backend for GpuBackend {
         }
     }
 
-    fn embed(&mut self, table: &GpuWeight, x: &mut GpuBuf) -> Result<()> {
+    fn embed(&mut self, table: &GpuWeight, partial: &mut GpuBuf, x: &mut GpuBuf) -> Result<()> {
         let (g, tokens) = (&self.g, self.step.tokens);
         let args = args![
             table.ptr,
             table.host_ptr,
             tokens,
             self.arena.get("chosen"),
+            partial.ptr,
             x.ptr,
             g.hidden,
             g.first_row,
@@ -310,15 +264,6 @@ impl Backend for GpuBackend {
             &Launch::linear(self.step.n_tokens, 128),
             &args,
         )
-    }
-
-    fn all_reduce(&mut self, x: &mut GpuBuf) -> Result<()> {
-        self.sum_over_ranks(x, Element::F32)
-    }
-
-    fn rms_norm(&mut self, x: &GpuBuf, weight: &GpuWeight, h: &mut GpuBuf) -> Result<()> {
-        let args = args![x.ptr, weight.ptr, h.ptr, self.g.hidden, self.rms_norm_eps];
-        self.launch(self.kernels.rms_norm, &self.norm_launch(), &args)
     }
 
     fn all_reduce_add_norm(
@@ -341,10 +286,14 @@ impl Backend for GpuBackend {
             eps: self.rms_norm_eps,
         };
         // SAFETY: the arena and the weights outlive the stream's work.
-        if unsafe { self.comm.all_reduce_add_norm(&fused, self.stream) }? {
+        if self.comm.is_fused(self.rows)
+            && unsafe { self.comm.all_reduce_add_norm(&fused, self.stream) }?
+        {
             return Ok(());
         }
-        self.sum_over_ranks(partial, Element::Bf16)?;
+        let n = self.rows * partial.cols;
+        // SAFETY: the arena outlives the stream's work.
+        unsafe { self.comm.all_reduce(partial.ptr, n, self.stream) }?;
         let args = args![
             partial.ptr,
             x.ptr,
@@ -353,7 +302,11 @@ impl Backend for GpuBackend {
             self.g.hidden,
             self.rms_norm_eps
         ];
-        self.launch(self.kernels.add_rms_norm, &self.norm_launch(), &args)
+        self.launch(
+            self.kernels.add_rms_norm,
+            &Launch::norm(self.rows, self.g.hidden),
+            &args,
+        )
     }
 
     fn qkv(
@@ -363,120 +316,11 @@ impl Backend for GpuBackend {
         h: &GpuBuf,
         q: &mut GpuBuf,
     ) -> Result<()> {
-        if self.g.n_heads == 0 {
-            return Ok(());
-        }
-        let (s, g) = (self.step, &self.g);
-        let (t, (nq, nkv, d)) = (s.n_tokens, (g.n_heads, g.n_kv_heads, g.padded_head_dim));
-        let pointer = |w: &Option<GpuWeight>| w.as_ref().map_or(DevicePtr(0), |w| w.ptr);
-        let bias = pointer(&layer.qkv_bias);
-        let (k_cache, v_cache) = self.layer_cache(index);
-        let (inv_freq, scale) = (self.inv_freq.ptr(), self.rope_scale);
-        if t <= GEMV_ROWS && layer.q_norm.is_none() && layer.qkv.host.is_none() {
-            let (w, k) = (layer.qkv.ptr, g.hidden);
-            let args = args![
-                w,
-                h.ptr,
-                bias,
-                inv_freq,
-                scale,
-                s.positions,
-                s.slots,
-                q.ptr,
-                k_cache,
-                v_cache,
-                t,
-                nq,
-                nkv,
-                d,
-                k,
-                k
-            ];
-            let launch = self.kernels.gemv_launch(g.qkv_width() / 16, k);
-            return self.launch(self.kernels.gemv_qkv_rope, &launch, &args);
-        }
-        let eps = g.head_norm_eps(self.rms_norm_eps);
-        let (q_norm, k_norm) = (pointer(&layer.q_norm), pointer(&layer.k_norm));
-        let qkv = self.product;
-        let args = args![
-            qkv,
-            bias,
-            q_norm,
-            k_norm,
-            inv_freq,
-            scale,
-            eps,
-            s.positions,
-            s.slots,
-            q.ptr,
-            k_cache,
-            v_cache,
-            nq,
-            nkv,
-            d
-        ];
-        let warps = 4;
-        let grid = (nq + 2 * nkv).div_ceil(warps);
-        let launch = Launch {
-            grid: [grid as u32, t as u32, 1],
-            block: [32 * warps as u32, 1, 1],
-            shared: 0,
-        };
-        let to = Target {
-            y: qkv,
-            ld: self.g.qkv_width(),
-            form: Form::Bf16,
-        };
-        self.product(h.ptr, &layer.qkv, t, to)?;
-        self.launch(self.kernels.qkv_rope, &launch, &args)
+        self.project(index, layer, h, q)
     }
 
     fn attention(&mut self, index: usize, q: &GpuBuf, attn: &mut GpuBuf) -> Result<()> {
-        if self.g.n_heads == 0 {
-            return Ok(());
-        }
-        let (k_cache, v_cache) = self.layer_cache(index);
-        let (s, g) = (self.step, &self.g);
-        let scale = 1.0 / (g.head_dim as f32).sqrt();
-        let (nq, nkv) = (g.n_heads, g.n_kv_heads);
-        let (tables, seqs, one_block) = (s.tables, s.seqs, 1usize);
-        let grid = |x: usize, y: usize, z: usize| [x as u32, y as u32, z as u32];
-        if s.longest > 1 {
-            let rows = s.longest * nq / nkv;
-            let shared = (PREFILL_SHARED_PER_ELEMENT * (g.padded_head_dim + 8)) as u32;
-            let launch = Launch {
-                grid: grid(rows.div_ceil(128), nkv, s.n_seqs),
-                block: [256, 1, 1],
-                shared,
-            };
-            let args = args![
-                q.ptr, k_cache, v_cache, tables, seqs, attn.ptr, nq, nkv, one_block, scale
-            ];
-            return self.launch(self.kernels.attention_prefill, &launch, &args);
-        }
-        let splits = s.splits;
-        let (part, part_ml) = (self.arena.get("part"), self.arena.get("part_ml"));
-        let groups = nkv * (nq / nkv).div_ceil(8);
-        let launch = Launch {
-            grid: grid(splits, groups, s.n_seqs),
-            block: [128, 1, 1],
-            shared: 0,
-        };
-        let args = args![
-            q.ptr, k_cache, v_cache, tables, seqs, part, part_ml, attn.ptr, nq, nkv, one_block,
-            splits, scale
-        ];
-        self.launch(self.kernels.attention_decode, &launch, &args)?;
-        if splits == 1 {
-            return Ok(());
-        }
-        let launch = Launch {
-            grid: grid(nq, s.n_seqs, 1),
-            block: [128, 1, 1],
-            shared: 0,
-        };
-        let args = args![part, part_ml, seqs, attn.ptr, nq, splits];
-        self.launch(self.kernels.attention_combine, &launch, &args)
+        self.attend(index, q, attn)
     }
 
     fn keep_wanted(&mut self, attn: &mut GpuBuf, x: &mut GpuBuf) -> Result<()> {

@@ -1,16 +1,8 @@
 //! Collectives over device memory, enqueued on a stream like everything else.
 
 use super::driver::{DevicePtr, Stream};
+use super::ways::Way;
 use crate::Result;
-
-/// Element type of a reduced buffer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Element {
-    /// bfloat16
-    Bf16,
-    /// f32
-    F32,
-}
 
 /// A sum over ranks and what always follows it: `x += Σ partial`, `h = RMSNorm(x) · weight`.
 #[derive(Debug, Clone, Copy)]
@@ -36,20 +28,14 @@ pub trait DeviceCollective: Send {
     /// The way the data takes, in a word or two.
     fn name(&self) -> &'static str;
 
-    /// `x = Σ over ranks of x`, in place, `n` elements.
+    /// `x = Σ over ranks of x`, in place, `n` elements of bf16.
     ///
     /// # Safety
     /// `x` is valid until the stream is synchronized.
     ///
     /// # Errors
     /// A lost rank, or those of the library.
-    unsafe fn all_reduce(
-        &mut self,
-        x: DevicePtr,
-        n: usize,
-        element: Element,
-        stream: Stream,
-    ) -> Result<()>;
+    unsafe fn all_reduce(&mut self, x: DevicePtr, n: usize, stream: Stream) -> Result<()>;
 
     /// `out` is every rank's `local` in rank order, f32; `counts[r]` elements from rank `r`.
     ///
@@ -75,6 +61,32 @@ pub trait DeviceCollective: Send {
     /// Those of the driver.
     unsafe fn all_reduce_add_norm(&mut self, _: &FusedNorm, _: Stream) -> Result<bool> {
         Ok(false)
+    }
+
+    /// Whether sums of `rows` rows are better fused, where they can be.
+    fn is_fused(&self, _rows: usize) -> bool {
+        true
+    }
+
+    /// Measures which sums are better fused, on every rank at the same time and while nothing else runs.
+    ///
+    /// # Errors
+    /// A lost rank, too little memory, or those of the driver and the library.
+    fn measure(&mut self, _: Stream) -> Result<()> {
+        Ok(())
+    }
+
+    /// What [`DeviceCollective::measure`] has found; the same on every rank.
+    fn ways(&self) -> &[Way] {
+        &[]
+    }
+
+    /// Returns when all ranks are here: before the first sums, which wait for a late rank for a few seconds only.
+    ///
+    /// # Errors
+    /// A lost rank.
+    fn meet(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Whether all ranks are still there, as far as is known: asked while waiting for work that may need them.
@@ -106,7 +118,7 @@ impl DeviceCollective for Solo {
         "one rank"
     }
 
-    unsafe fn all_reduce(&mut self, _: DevicePtr, _: usize, _: Element, _: Stream) -> Result<()> {
+    unsafe fn all_reduce(&mut self, _: DevicePtr, _: usize, _: Stream) -> Result<()> {
         Ok(())
     }
 
@@ -181,32 +193,15 @@ impl DeviceCollective for HostRanks {
         "host memory"
     }
 
-    unsafe fn all_reduce(
-        &mut self,
-        x: DevicePtr,
-        n: usize,
-        element: Element,
-        stream: Stream,
-    ) -> Result<()> {
+    unsafe fn all_reduce(&mut self, x: DevicePtr, n: usize, stream: Stream) -> Result<()> {
         use half::bf16;
         let comm = self.comm.clone();
         let work = move |memory: &mut super::standin::Memory| {
-            let mut values: Vec<f32> = match element {
-                Element::F32 => memory.read(x.0, n)?,
-                Element::Bf16 => memory
-                    .read::<bf16>(x.0, n)?
-                    .into_iter()
-                    .map(bf16::to_f32)
-                    .collect(),
-            };
+            let read = memory.read::<bf16>(x.0, n)?;
+            let mut values: Vec<f32> = read.into_iter().map(bf16::to_f32).collect();
             comm.lock().all_reduce(&mut values)?;
-            match element {
-                Element::F32 => memory.write(x.0, &values),
-                Element::Bf16 => memory.write(
-                    x.0,
-                    &values.into_iter().map(bf16::from_f32).collect::<Vec<_>>(),
-                ),
-            }
+            let sums: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
+            memory.write(x.0, &sums)
         };
         self.device
             .enqueue_host("all-reduce", std::sync::Arc::new(work), stream)

@@ -95,6 +95,11 @@ impl Launch {
             shared: 0,
         }
     }
+
+    /// The launch rule of `norm.cu` and `all_reduce.cu`: a block for each row, a thread for eight elements of it.
+    pub fn norm(rows: usize, hidden: usize) -> Launch {
+        Launch::linear(rows, (hidden / 8).next_multiple_of(32).min(1024) as u32)
+    }
 }
 
 /// One kernel argument: the low bytes hold a pointer, an integer or a float.

@@ -43,7 +43,7 @@ macro_rules! header {
 /// What the kernels include.
 pub const HEADERS: &[Header] = &[header!("common"), header!("rope"), header!("rows")];
 
-/// RMSNorm, alone and behind the residual add.
+/// RMSNorm behind the residual add.
 pub static NORM: Source = source!("norm");
 /// The embedding's rows.
 pub static EMBED: Source = source!("embed");

@@ -16,8 +16,6 @@ pub struct Kernels {
     /// `embed.cu`
     pub embed: Function,
     /// `norm.cu`
-    pub rms_norm: Function,
-    /// `norm.cu`
     pub add_rms_norm: Function,
     /// `gemv.cu`
     pub gemv_bf16: Function,
@@ -72,7 +70,6 @@ impl Kernels {
         Ok(Kernels {
             sm_count: driver.properties().sm_count as usize,
             embed: get(&kernels::EMBED, "embed")?,
-            rms_norm: get(&kernels::NORM, "rms_norm")?,
             add_rms_norm: get(&kernels::NORM, "add_rms_norm")?,
             gemv_bf16: get(&kernels::GEMV, "gemv_bf16")?,
             gemv_f32: get(&kernels::GEMV, "gemv_f32")?,

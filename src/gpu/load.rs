@@ -1,5 +1,5 @@
-//! Weights into place: file → pinned memory → device, one slot being read while the other is copied; or file → host memory,
-//! which is locked afterwards, for what the plan leaves there.
+//! Weights into place: file → pinned memory → device, many threads at a time; or file → host memory, which is locked
+//! afterwards, for what the plan leaves there.
 
 use super::driver::{DevicePtr, Driver, Pinned, Stream};
 use super::geometry::{Geometry, Layout};
@@ -10,7 +10,9 @@ use crate::plan::Placement;
 use crate::weights::{LoadStats, LocalMatrix, Source};
 use crate::{Error, Result};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A bf16 matrix, row-major without gaps; a vector has one column.
@@ -32,8 +34,12 @@ pub struct GpuWeight {
 
 /// Every matrix begins at a multiple of this.
 const ALIGN: usize = 256;
-/// Bytes of one of the two slots of pinned memory.
-pub const SLOT: usize = 64 << 20;
+/// Pinned memory through which weights pass on their way to the device, all threads together.
+pub const STAGING: usize = 64 << 20;
+/// Most of a thread's slot.
+const MAX_SLOT: usize = 2 << 20;
+/// Bytes of host memory that are read together.
+const HOST_PIECE: usize = 32 << 20;
 
 /// Bytes of host memory that are filled together: large enough that starting threads costs nothing.
 const HOST_BATCH: usize = 1 << 30;
@@ -79,16 +85,15 @@ pub fn load(
         source,
         threads,
         progress,
-        scratch: Vec::new(),
         stats: LoadStats {
             bytes_read: 0,
             bytes_placed: 0,
             seconds: 0.0,
         },
     };
-    loader.onto_device(driver, cut.iter().map(|c| &c.0[0]), &memory, stream)?;
-    let pinned: Vec<&Region> = cut.iter().map(|c| &c.0[1]).collect();
-    let locked = loader.into_host_memory(driver, &pinned)?;
+    let regions = |tier: usize| cut.iter().map(|c| &c.0[tier]).collect::<Vec<_>>();
+    loader.onto_device(driver, &regions(0), &memory, stream)?;
+    let locked = loader.fill_host_memory(driver, &regions(1))?;
 
     let (mut weights, mut parts) = (HashMap::new(), Vec::new());
     let (mut at, mut host_at) = (0, 0);
@@ -163,56 +168,85 @@ struct Loader<'a> {
     source: Source<'a>,
     threads: usize,
     progress: &'a (dyn Fn(u64) + Sync),
-    /// For what has to be repacked.
-    scratch: Vec<u8>,
     stats: LoadStats,
 }
 
 /// Rows of a region that are read together.
 struct Batch {
-    piece: Piece,
-    /// Offset where it will lie.
+    /// Which region.
+    region: usize,
+    rows: Range<usize>,
+    /// Offset where they will lie.
     at: usize,
 }
 
 impl Loader<'_> {
-    fn onto_device<'r>(
+    /// Every thread reads into two small slots of its own, one while the other is copied: no thread waits for another, and
+    /// what was just read is still in the cache when it is copied.
+    fn onto_device(
         &mut self,
         driver: &Arc<dyn Driver>,
-        regions: impl Iterator<Item = &'r Region>,
+        regions: &[&Region],
         memory: &DeviceBuffer,
         stream: Stream,
     ) -> Result<()> {
-        let mut at = 0;
-        let mut batches = Vec::new();
-        for region in regions {
-            batches.extend(cut_for_slots(region, at));
-            at += region.bytes().next_multiple_of(ALIGN);
-        }
-        let mut ring = Ring::new(driver, &batches)?;
-        while !batches.is_empty() {
-            let now: Vec<Batch> = batches.drain(..that_fit(&batches)).collect();
-            let (slot, copied) = ring.next()?;
-            let (mut places, mut rest) = (Vec::new(), slot.as_mut_slice());
-            for b in &now {
-                let (mine, later) = std::mem::take(&mut rest).split_at_mut(staged(b.piece.bytes()));
-                places.push(&mut mine[..b.piece.bytes()]);
-                rest = later;
+        let wanted = STAGING / (2 * self.threads.max(1));
+        let batches = batches(regions, wanted.min(MAX_SLOT), ALIGN);
+        let (source, progress) = (self.source, self.progress);
+        let largest = batches
+            .iter()
+            .map(|b| b.rows.len() * regions[b.region].row_bytes());
+        let slot_bytes = largest.max().unwrap_or(0);
+        let next = AtomicUsize::new(0);
+        let total = Mutex::new((0, 0));
+        let work = || -> Result<()> {
+            let mut slots = [
+                Slot::new(driver, slot_bytes)?,
+                Slot::new(driver, slot_bytes)?,
+            ];
+            let mut scratch = Vec::new();
+            let mut done = (0, 0);
+            for turn in (0..2).cycle() {
+                let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) else {
+                    break;
+                };
+                let slot = &mut slots[turn];
+                slot.copied.synchronize()?;
+                let piece = regions[batch.region].piece(batch.rows.clone());
+                let bytes = piece.bytes();
+                let place = &mut slot.memory.as_mut_slice()[..bytes];
+                let read = regions::read(source, &[piece], vec![place], &mut scratch, 1, progress)
+                    // The others need not go on.
+                    .inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?;
+                slot.memory.upload(0..bytes, memory, batch.at, stream)?;
+                slot.copied.record(stream)?;
+                done = (done.0 + read.bytes_read, done.1 + read.bytes_placed);
             }
-            let pieces: Vec<Piece> = now.iter().map(|b| b.piece.clone()).collect();
-            self.read(&pieces, places)?;
-            let mut from = 0;
-            for b in &now {
-                slot.upload(from..from + b.piece.bytes(), memory, b.at, stream)?;
-                from += staged(b.piece.bytes());
-            }
-            copied.record(stream)?;
-        }
+            slots.iter().try_for_each(|s| s.copied.synchronize())?;
+            let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+            *total = (total.0 + done.0, total.1 + done.1);
+            Ok(())
+        };
+        let threads = self.threads.min(batches.len()).max(1);
+        std::thread::scope(|scope| {
+            // A thread that the system refuses is no reason to fail: this one works too.
+            let start = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
+            let others: Vec<_> = (1..threads).map_while(start).collect();
+            let joined = others.into_iter().map(|t| {
+                t.join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            let mine = work();
+            joined.fold(mine, Result::and)
+        })?;
+        let (read, placed) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.stats.bytes_read += read;
+        self.stats.bytes_placed += placed;
         driver.synchronize(stream)
     }
 
     /// Host memory for the regions, filled and then locked.
-    fn into_host_memory(
+    fn fill_host_memory(
         &mut self,
         driver: &Arc<dyn Driver>,
         regions: &[&Region],
@@ -225,26 +259,24 @@ impl Loader<'_> {
         let mut memory = LockedMemory::map(bytes)?;
         let mut rest = memory.as_mut_slice();
         let (mut pieces, mut places, mut batched) = (Vec::new(), Vec::new(), 0);
-        for region in regions {
-            let (mut mine, later) =
-                std::mem::take(&mut rest).split_at_mut(region.bytes().next_multiple_of(align));
+        let mut scratch = Vec::new();
+        let mut at = 0;
+        for batch in batches(regions, HOST_PIECE, align) {
+            let piece = regions[batch.region].piece(batch.rows);
+            let (_, here) = std::mem::take(&mut rest).split_at_mut(batch.at - at);
+            let (place, later) = here.split_at_mut(piece.bytes());
+            at = batch.at + piece.bytes();
             rest = later;
-            let rows = rows_of_a_slot(region);
-            for row in (0..region.rows()).step_by(rows) {
-                let piece = region.piece(row..(row + rows).min(region.rows()));
-                let (place, later) = std::mem::take(&mut mine).split_at_mut(piece.bytes());
-                mine = later;
-                // What is repacked takes scratch memory on its way.
-                batched += piece.bytes() * if piece.is_direct() { 1 } else { 16 };
-                pieces.push(piece);
-                places.push(place);
-                if batched >= HOST_BATCH {
-                    self.read(&pieces, std::mem::take(&mut places))?;
-                    (pieces, batched) = (Vec::new(), 0);
-                }
+            // What is repacked takes scratch memory on its way.
+            batched += piece.bytes() * if piece.is_direct() { 1 } else { 16 };
+            pieces.push(piece);
+            places.push(place);
+            if batched >= HOST_BATCH {
+                self.read(&pieces, std::mem::take(&mut places), &mut scratch)?;
+                (pieces, batched) = (Vec::new(), 0);
             }
         }
-        self.read(&pieces, places)?;
+        self.read(&pieces, places, &mut scratch)?;
         // Locking comes last: by then all threads together have touched the pages, which one thread alone would take long for.
         let start = Instant::now();
         memory.lock(driver)?;
@@ -252,81 +284,48 @@ impl Loader<'_> {
         Ok(memory)
     }
 
-    fn read(&mut self, pieces: &[Piece], places: Vec<&mut [u8]>) -> Result<()> {
+    fn read(
+        &mut self,
+        pieces: &[Piece],
+        places: Vec<&mut [u8]>,
+        scratch: &mut Vec<u8>,
+    ) -> Result<()> {
         let (threads, progress) = (self.threads, self.progress);
-        let done = regions::read(
-            self.source,
-            pieces,
-            places,
-            &mut self.scratch,
-            threads,
-            progress,
-        )?;
+        let done = regions::read(self.source, pieces, places, scratch, threads, progress)?;
         self.stats.bytes_read += done.bytes_read;
         self.stats.bytes_placed += done.bytes_placed;
         Ok(())
     }
 }
 
-fn staged(bytes: usize) -> usize {
-    bytes.next_multiple_of(ALIGN)
-}
-
-/// Rows of a region that fill a slot; what is stored wider takes more room on its way.
-fn rows_of_a_slot(region: &Region) -> usize {
-    let wide = region.row_bytes().max(region.matrix.cols * 2) * 2;
-    (SLOT / wide.max(1)).max(1)
-}
-
-fn cut_for_slots(region: &Region, at: usize) -> Vec<Batch> {
-    let (rows, all) = (rows_of_a_slot(region), region.rows());
-    let cut = (0..all).step_by(rows).map(|row| Batch {
-        piece: region.piece(row..(row + rows).min(all)),
-        at: at + row * region.row_bytes(),
-    });
-    cut.collect()
-}
-
-/// How many batches from the front fit a slot together; at least one.
-fn that_fit(batches: &[Batch]) -> usize {
-    let mut sum = 0;
-    let fit = batches.iter().take_while(|b| {
-        sum += staged(b.piece.bytes());
-        sum <= SLOT
-    });
-    fit.count().max(1)
-}
-
-/// Two slots of pinned memory, each free again when its copies are done.
-struct Ring {
-    slots: [(PinnedBuffer, OwnedEvent); 2],
-    turn: usize,
-}
-
-impl Ring {
-    fn new(driver: &Arc<dyn Driver>, batches: &[Batch]) -> Result<Ring> {
-        let sizes = || batches.iter().map(|b| staged(b.piece.bytes()));
-        let bytes = sizes()
-            .sum::<usize>()
-            .min(SLOT)
-            .max(sizes().max().unwrap_or(0));
-        let slot = || -> Result<_> {
-            let memory =
-                PinnedBuffer::new(driver, bytes, Pinned::Cached, "staging for the weights")?;
-            Ok((memory, OwnedEvent::new(driver, false)?))
-        };
-        Ok(Ring {
-            slots: [slot()?, slot()?],
-            turn: 0,
-        })
+/// All rows of all regions in batches of at most `bytes` (but whole rows), each region from the next multiple of `align` on.
+fn batches(regions: &[&Region], bytes: usize, align: usize) -> Vec<Batch> {
+    let mut all = Vec::new();
+    let mut at = 0;
+    for (index, region) in regions.iter().enumerate() {
+        let rows = (bytes / region.row_bytes().max(1)).max(1);
+        all.extend((0..region.rows()).step_by(rows).map(|row| Batch {
+            region: index,
+            rows: row..(row + rows).min(region.rows()),
+            at: at + row * region.row_bytes(),
+        }));
+        at += region.bytes().next_multiple_of(align);
     }
+    all
+}
 
-    /// The slot whose turn it is, once it is free.
-    fn next(&mut self) -> Result<&mut (PinnedBuffer, OwnedEvent)> {
-        self.turn = 1 - self.turn;
-        let slot = &mut self.slots[self.turn];
-        slot.1.synchronize()?;
-        Ok(slot)
+/// Pinned memory of one thread, free again when its copy is done.
+struct Slot {
+    memory: PinnedBuffer,
+    copied: OwnedEvent,
+}
+
+impl Slot {
+    fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Slot> {
+        Ok(Slot {
+            memory: PinnedBuffer::new(driver, bytes, Pinned::Cached, "staging for the weights")?,
+            copied: OwnedEvent::new(driver, false)?,
+        })
     }
 }
 

@@ -4,9 +4,11 @@
 //! that runs on the CPU for tests the other.
 
 pub mod arena;
+mod attention;
 mod backend;
 pub mod cache;
 mod candidates;
+mod chain;
 pub mod collective;
 pub mod cublaslt;
 pub mod cuda;
@@ -32,12 +34,14 @@ mod sampling;
 pub mod standin;
 mod step;
 mod warm;
+pub mod ways;
 
 #[cfg(test)]
 mod tests;
 
 pub use crate::model::Limits;
-pub use backend::{GpuBackend, GpuBuf, kv_bytes};
+pub use attention::kv_bytes;
+pub use backend::{GpuBackend, GpuBuf};
 pub use driver::Driver;
 pub use geometry::Geometry;
 pub use offload::Cores;

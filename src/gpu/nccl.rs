@@ -3,7 +3,7 @@
 //! There is no NCCL crate to build on (`nccl` on crates.io is a configuration language); cudarc has types, but searches
 //! the library as `libnccl.so`, which a runtime installation does not have.
 
-use super::collective::{DeviceCollective, Element};
+use super::collective::DeviceCollective;
 use super::driver::{DevicePtr, Driver, Stream};
 use super::libraries::{self, symbol};
 use crate::{Error, Result};
@@ -146,17 +146,8 @@ impl DeviceCollective for Nccl {
         "NCCL"
     }
 
-    unsafe fn all_reduce(
-        &mut self,
-        x: DevicePtr,
-        n: usize,
-        element: Element,
-        stream: Stream,
-    ) -> Result<()> {
-        let kind = match element {
-            Element::Bf16 => sys::ncclDataType_t::ncclBfloat16,
-            Element::F32 => sys::ncclDataType_t::ncclFloat32,
-        };
+    unsafe fn all_reduce(&mut self, x: DevicePtr, n: usize, stream: Stream) -> Result<()> {
+        let kind = sys::ncclDataType_t::ncclBfloat16;
         let sum = sys::ncclRedOp_t::ncclSum as u32;
         // SAFETY: passed on to the caller.
         let code = unsafe {

@@ -3,23 +3,27 @@
 //! Every rank maps the others' inboxes (CUDA IPC) and its kernel writes straight into them. Whatever it does not serve
 //! goes to the collective beneath: longer messages, ranks on several hosts, GPUs that cannot map each other's memory.
 
-use super::collective::{DeviceCollective, Element, FusedNorm};
+use super::collective::{DeviceCollective, FusedNorm};
 use super::driver::{DevicePtr, Driver, Function, IpcHandle, Launch, Pinned, Stream, args};
 use super::kernels;
 use super::memory::{DeviceBuffer, PinnedBuffer};
+use super::ways::{self, Trial, Way};
 use crate::comm::HostCollective;
 use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 /// Rows of a message; beyond, the library's ring moves fewer bytes.
-pub const MAX_ROWS: usize = 8;
+pub const MAX_ROWS: usize = ways::ROWS[ways::ROWS.len() - 1];
+/// Rows up to which sums are fused as long as nothing was measured.
+const UNMEASURED_ROWS: usize = 8;
 /// Words of one rank in a gather, at most.
 const GATHER_WORDS: usize = 4096;
 /// The driver shares memory in whole pages of this.
 const PAGE: usize = 2 << 20;
 
-/// Bytes of a rank's inbox.
+/// Bytes of a rank's inbox: for rows of 8192 elements 6 MiB on each of two ranks, 18 MiB on each of eight.
 pub fn inbox_bytes(size: usize, hidden: usize) -> usize {
     // Two halves, and for each rank two words with their marks in 16 bytes: rows of sums, then words of gathers.
     (16 * (gather_at(size, hidden) + 2 * size * GATHER_WORDS / 2)).next_multiple_of(PAGE)
@@ -43,6 +47,8 @@ pub struct OneShot {
     /// Where every rank's inbox is for this device.
     table: DeviceBuffer,
     epochs: DeviceBuffer,
+    /// Which sums are fused, once it was measured.
+    ways: Vec<Way>,
     /// The rank + 1 of a peer that did not answer.
     lost: PinnedBuffer,
 }
@@ -140,8 +146,30 @@ impl OneShot {
             ranks,
             table,
             epochs,
+            ways: Vec::new(),
             lost,
         }))
+    }
+
+    /// What the ranks have measured, by the slowest of them: all must choose alike.
+    fn slowest(&mut self, mine: &[Way]) -> Result<Vec<Way>> {
+        let local: Vec<f32> = mine
+            .iter()
+            .flat_map(|w| [w.fused_us as f32, w.library_us as f32])
+            .collect();
+        let mut all = vec![0.0; local.len() * self.size];
+        let counts = vec![local.len(); self.size];
+        self.ranks.all_gather(&local, &counts, &mut all)?;
+        let worst = |at: usize| {
+            let of_ranks = all.iter().skip(at).step_by(local.len());
+            f64::from(of_ranks.copied().fold(0.0, f32::max))
+        };
+        let way = |(i, w): (usize, &Way)| Way {
+            rows: w.rows,
+            fused_us: worst(2 * i),
+            library_us: worst(2 * i + 1),
+        };
+        Ok(mine.iter().enumerate().map(way).collect())
     }
 
     fn check_lost(&self) -> Result<()> {
@@ -168,15 +196,9 @@ impl DeviceCollective for OneShot {
         "peer memory"
     }
 
-    unsafe fn all_reduce(
-        &mut self,
-        x: DevicePtr,
-        n: usize,
-        element: Element,
-        stream: Stream,
-    ) -> Result<()> {
+    unsafe fn all_reduce(&mut self, x: DevicePtr, n: usize, stream: Stream) -> Result<()> {
         // SAFETY: passed on to the caller.
-        unsafe { self.beneath.all_reduce(x, n, element, stream) }
+        unsafe { self.beneath.all_reduce(x, n, stream) }
     }
 
     unsafe fn all_gather(
@@ -229,11 +251,42 @@ impl DeviceCollective for OneShot {
             f.eps,
             self.timeout_ms
         ];
-        let threads = (f.hidden / 8).next_multiple_of(32).min(1024);
-        let launch = Launch::linear(f.rows, threads as u32);
+        let launch = Launch::norm(f.rows, f.hidden);
         // SAFETY: the parameters of all_reduce.cu; the buffers are the caller's and this value's own.
         unsafe { self.driver.launch(self.all_reduce, &launch, &args, stream) }?;
         Ok(true)
+    }
+
+    fn is_fused(&self, rows: usize) -> bool {
+        ways::is_fused(&self.ways, rows).unwrap_or(self.ways.is_empty() && rows <= UNMEASURED_ROWS)
+    }
+
+    fn measure(&mut self, stream: Stream) -> Result<()> {
+        self.meet()?;
+        let start = Instant::now();
+        let trial = Trial::new(&self.driver.clone(), self.hidden, stream)?;
+        let mut mine = Vec::new();
+        for rows in ways::ROWS {
+            mine.extend(trial.measure(self, rows)?);
+        }
+        drop(trial);
+        self.ways = self.slowest(&mine)?;
+        if self.rank == 0 {
+            tracing::info!(
+                "{}; measured in {:.0} ms",
+                ways::text(&self.ways, self.beneath.name()),
+                1e3 * start.elapsed().as_secs_f64()
+            );
+        }
+        Ok(())
+    }
+
+    fn ways(&self) -> &[Way] {
+        &self.ways
+    }
+
+    fn meet(&mut self) -> Result<()> {
+        ranks_agree(&mut *self.ranks, true).map(|_| ())
     }
 
     fn check(&mut self) -> Result<()> {
@@ -244,7 +297,7 @@ impl DeviceCollective for OneShot {
     fn finish(&mut self) -> Result<()> {
         close(&self.driver, &std::mem::take(&mut self.imported));
         // CUDA leaves open what becomes of memory that is returned while another process maps it.
-        ranks_agree(&mut *self.ranks, true)?;
+        self.meet()?;
         self.inbox = None;
         self.beneath.finish()
     }

@@ -4,17 +4,17 @@
 //! product library, the collectives between the ranks.
 
 use super::backend::wait_for;
-use super::collective::{Element, FusedNorm};
-use super::driver::{DevicePtr, Driver, Graph, Launch, Pinned, Stream, args};
+use super::chain::chain_us;
+use super::collective::{DeviceCollective, FusedNorm};
+use super::driver::{DevicePtr, Driver, Launch, Pinned, Stream, args};
 use super::gemm::{Out, Product};
 use super::kernels;
 use super::memory::{DeviceBuffer, OwnedEvent, PinnedBuffer};
 use super::rank::Parts;
+use super::ways::Way;
 use crate::{Error, Result};
 use std::sync::Arc;
 
-/// All-reduces in the recorded graph whose time is taken.
-const CHAIN: usize = 20;
 /// Threads of a block of `read.cu`.
 const READ_BLOCK: u32 = 512;
 /// Blocks for each multiprocessor that are tried.
@@ -257,9 +257,10 @@ impl Probe {
         let x = room.device[0].ptr();
         // SAFETY: inside the buffer, which the room keeps until the device has done.
         unsafe { self.parts.driver.fill(x, 0, bytes, self.parts.stream) }?;
-        self.chain_us(|parts, stream| {
+        let stream = self.parts.stream;
+        self.chain_us(|comm| {
             // SAFETY: as above.
-            unsafe { parts.comm.all_reduce(x, bytes / 2, Element::Bf16, stream) }.map(|()| true)
+            unsafe { comm.all_reduce(x, bytes / 2, stream) }.map(|()| true)
         })
         .map(|us| us.unwrap_or(0.0))
     }
@@ -288,43 +289,37 @@ impl Probe {
             hidden,
             eps: 1e-6,
         };
-        self.chain_us(|parts, stream| {
+        let stream = self.parts.stream;
+        self.chain_us(|comm| {
             // SAFETY: as above.
-            unsafe { parts.comm.all_reduce_add_norm(&fused, stream) }
+            unsafe { comm.all_reduce_add_norm(&fused, stream) }
         })
     }
 
-    /// Microseconds of one of a recorded chain of `enqueue`; `None` where that says that it does nothing.
     fn chain_us(
         &mut self,
-        mut enqueue: impl FnMut(&mut Parts, Stream) -> Result<bool>,
+        enqueue: impl FnMut(&mut dyn DeviceCollective) -> Result<bool>,
     ) -> Result<Option<f64>> {
-        let stream = self.parts.stream;
-        // Once as it is, so that libraries can set up what they need.
-        if !enqueue(&mut self.parts, stream)? {
-            return Ok(None);
-        }
-        self.synchronize()?;
-        self.parts.driver.begin_capture(stream)?;
-        let recorded = (0..CHAIN).try_for_each(|_| enqueue(&mut self.parts, stream).map(|_| ()));
-        let graph = self.parts.driver.end_capture(stream)?;
-        let timed = recorded.and_then(|()| self.time_graph(graph));
-        self.parts.driver.synchronize(stream)?;
-        self.parts.driver.destroy_graph(graph)?;
-        timed.map(|seconds| Some(seconds / CHAIN as f64 * 1e6))
+        let (
+            Parts {
+                driver,
+                comm,
+                stream,
+                ..
+            },
+            runs,
+        ) = (&mut self.parts, self.sizes.runs);
+        chain_us(driver, &mut **comm, *stream, runs, enqueue)
     }
 
-    fn time_graph(&mut self, graph: Graph) -> Result<f64> {
-        let mut best = f64::INFINITY;
-        for _ in 0..self.sizes.runs {
-            // The first launch brings the ranks in line, so that the second is not charged with a late one.
-            // SAFETY: what was recorded uses buffers that the caller keeps until the device has done.
-            unsafe { self.parts.driver.launch_graph(graph, self.parts.stream) }?;
-            // SAFETY: as above.
-            let seconds = self.time(|parts, s| unsafe { parts.driver.launch_graph(graph, s) })?;
-            best = best.min(seconds);
-        }
-        Ok(best)
+    /// What was measured at the start about sums of `rows` rows.
+    pub fn way(&self, rows: usize) -> Option<Way> {
+        self.parts
+            .comm
+            .ways()
+            .iter()
+            .find(|w| w.rows == rows)
+            .copied()
     }
 
     /// Every rank's `local` in rank order; `counts[r]` numbers from rank `r`. Returns when all ranks are here.

@@ -35,7 +35,7 @@ pub(super) struct Target {
 
 impl Target {
     /// The columns from `column` on.
-    fn from_column(self, column: usize) -> Target {
+    fn at_column(self, column: usize) -> Target {
         let size = if self.form == Form::F32 { 4 } else { 2 };
         Target {
             y: self.y.offset(column * size),
@@ -119,12 +119,12 @@ impl GpuBackend {
                 tiled: gated,
             };
             if wanted {
-                self.multiply(x, rows, m, to.from_column(t.unit))?;
+                self.multiply(x, rows, m, to.at_column(t.unit))?;
             }
             offload.used()?;
         }
         if wanted && let Some((share, first, units)) = offload.share_of(part) {
-            self.take_back(share, m, units, to.from_column(first))?;
+            self.take_back(share, m, units, to.at_column(first))?;
         }
         Ok(())
     }

@@ -82,19 +82,23 @@ impl Coming {
         })
     }
 
-    /// Waits for the rest.
+    /// Waits for the rest, and measures which way the sums over ranks take: the weights are there, nothing else runs.
     ///
     /// # Errors
     /// Those of [`Parts::cuda`].
     fn wait(self) -> Result<Parts> {
-        match self.rest {
-            Rest::Here(parts) => Ok(parts),
-            Rest::Coming(thread) => thread.join().unwrap_or_else(|_| {
-                Err(Error::failed(
-                    "internal error: opening the libraries panicked",
-                ))
-            }),
-        }
+        let thread = match self.rest {
+            Rest::Here(parts) => return Ok(parts),
+            Rest::Coming(thread) => thread,
+        };
+        let panicked = |_| {
+            Err(Error::failed(
+                "internal error: opening the libraries panicked",
+            ))
+        };
+        let mut parts = thread.join().unwrap_or_else(panicked)?;
+        parts.comm.measure(parts.stream)?;
+        Ok(parts)
     }
 }
 
@@ -213,6 +217,8 @@ pub struct LoadedRank {
     pub activations: Activations<GpuBuf>,
     /// What the load took.
     pub stats: LoadStats,
+    /// GB/s of the link and of the cores while both are at work, where that was measured.
+    pub host_rates: Option<(f64, f64)>,
 }
 
 /// Loads one rank's slices and makes everything ready to step.
@@ -256,20 +262,40 @@ pub fn load_rank(
     let offload = loaded.host.map(|(locked, elsewhere)| {
         let (driver, stream) = (&parts.driver, parts.stream);
         let mut offload = Offload::new(driver, stream, locked, elsewhere, host.cores, host.files)?;
-        match host.share {
-            Some(share) => offload.set_share(share)?,
+        let rates = match host.share {
+            Some(share) => offload.set_share(share).map(|()| None)?,
             None => offload.balance()?,
-        }
-        Ok(offload)
+        };
+        Ok((offload, rates))
     });
-    let offload = offload.transpose()?;
+    let (offload, host_rates) = offload.transpose()?.unzip();
+    let host_rates = host_rates.flatten();
     let (backend, activations) = GpuBackend::new(config, geometry, limits, parts, memory, offload)?;
     Ok(LoadedRank {
         backend,
         model,
         activations,
         stats,
+        host_rates,
     })
+}
+
+impl LoadedRank {
+    /// What is taken where, now: `9.21 GiB of the GPU (all processes), 4.10 GiB of host memory locked, 1.00 GiB in files`.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn memory_line(&self) -> Result<String> {
+        let memory = self.backend.driver.memory()?;
+        let (locked, in_files) = self.backend.offload.as_ref().map_or((0, 0), Offload::bytes);
+        let size = |n: usize| crate::plan::bytes::format(n as u64);
+        Ok(format!(
+            "{} of the GPU (all processes), {} of host memory locked, {} in files",
+            crate::plan::bytes::format(memory.total - memory.free),
+            size(locked),
+            size(in_files)
+        ))
+    }
 }
 
 /// `tandem kernels build`: fills the user's cache for architectures such as `sm_80`, without a GPU.

@@ -19,6 +19,7 @@ impl LoadedRank {
     /// # Errors
     /// Those of the forward pass.
     pub fn warm_up(&mut self, n_known: usize) -> Result<()> {
+        self.backend.comm.meet()?;
         let start = Instant::now();
         self.backend.set_known_tokens(n_known);
         let limits = self.backend.limits;

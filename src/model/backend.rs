@@ -91,7 +91,7 @@ pub struct Activations<Buf> {
     pub attn: Buf,
     /// MLP activations, `[T, intermediate_local]`.
     pub mlp: Buf,
-    /// A row-parallel product before its sum over ranks, `[T, hidden]`.
+    /// A row-parallel product, or the embedding, before its sum over ranks, `[T, hidden]`.
     pub partial: Buf,
     /// Logits of the wanted rows, `[S, vocab]`, whole on every rank.
     pub logits: Buf,
@@ -138,12 +138,14 @@ pub trait Backend {
     fn set_known_tokens(&mut self, _n: usize) {}
     /// Takes in the step's tokens, positions and block tables.
     fn begin(&mut self, batch: &Batch) -> Result<()>;
-    /// Rows of `table` for the tokens; zeros for tokens of other ranks' rows.
-    fn embed(&mut self, table: &Self::Weight, x: &mut Self::Buf) -> Result<()>;
-    /// Sums `x` over the ranks.
-    fn all_reduce(&mut self, x: &mut Self::Buf) -> Result<()>;
-    /// `h = RMSNorm(x) · weight`.
-    fn rms_norm(&mut self, x: &Self::Buf, weight: &Self::Weight, h: &mut Self::Buf) -> Result<()>;
+    /// Rows of `table` for the tokens go to `partial`, zeros for tokens of other ranks' rows; `x` begins as zeros. The sum
+    /// over ranks is then like every other, and exact: no two ranks add to the same row.
+    fn embed(
+        &mut self,
+        table: &Self::Weight,
+        partial: &mut Self::Buf,
+        x: &mut Self::Buf,
+    ) -> Result<()>;
     /// Sums `partial` over the ranks, adds it to `x`, and `h = RMSNorm(x) · weight`.
     fn all_reduce_add_norm(
         &mut self,

@@ -86,10 +86,9 @@ pub fn forward<B: Backend>(
     batch: &Batch,
 ) -> Result<()> {
     b.begin(batch)?;
-    b.embed(&model.embed, &mut a.x)?; //                          x       [T, hidden], this rank's rows
-    b.all_reduce(&mut a.x)?; //                                   x       [T, hidden]
     let first = model.layers.first().map_or(&model.norm, |l| &l.input_norm);
-    b.rms_norm(&a.x, first, &mut a.h)?; //                        h       [T, hidden]
+    b.embed(&model.embed, &mut a.partial, &mut a.x)?; //          partial [T, hidden], one rank's are not zeros; x = 0
+    b.all_reduce_add_norm(&mut a.partial, &mut a.x, first, &mut a.h)?;
 
     for (i, layer) in model.layers.iter().enumerate() {
         b.qkv(i, layer, &a.h, &mut a.q)?; //                      q       [T, n_heads_local · d]; k, v → cache

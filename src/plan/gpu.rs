@@ -100,7 +100,7 @@ impl GpuNeed {
         };
         let ranks_runtime = if several { GPU_RANKS_RUNTIME_BYTES } else { 0 };
         let weights: u64 = kinds.iter().map(|k| k.on_device(k.rows)).sum();
-        let load_slots = 2 * (load::SLOT as u64).min(weights);
+        let load_slots = (load::STAGING as u64).min(weights);
         let logits = 4 * (limits.max_logit_rows * config.vocab_size) as u64;
         let batch = 4 * batch_words(limits) as u64;
         Ok(GpuNeed {

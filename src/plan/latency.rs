@@ -303,7 +303,8 @@ fn with_host(
 /// Bytes a second of one rank's link and of its part of the cores in a step of so many tokens.
 fn host_rates(rates: &Rates, gpu: &GpuRates, sharers: f64, tokens: usize) -> (f64, f64) {
     let cores = 1e9 * rates.host_read_gbs.value;
-    let memory = MEMORY_OVER_CORES * cores / sharers;
+    let together = rates.together_gbs.map(|rate| 1e9 * rate.value);
+    let memory = together.unwrap_or(MEMORY_OVER_CORES * cores) / sharers;
     let link = (1e9 * gpu.link_gbs.value).min(memory);
     if tokens > SHARE_ROWS {
         return (link, 0.0);
@@ -311,7 +312,7 @@ fn host_rates(rates: &Rates, gpu: &GpuRates, sharers: f64, tokens: usize) -> (f6
     // An element has two bytes and takes two operations a token.
     let by_arithmetic = 1e12 * rates.host_gemm_tflops.value / tokens as f64;
     let cores = cores.min(by_arithmetic) / sharers;
-    (link, cores.min(memory - link))
+    (link, cores.min((memory - link).max(0.0)))
 }
 
 /// Bytes of weights that a step fetches from host memory, and from the files.

@@ -262,6 +262,20 @@ impl Plan {
         with(request.context.clamp(GPU_STEP_TOKENS, OFFLOAD_STEP_TOKENS))
     }
 
+    /// How fast the same plan should be at other rates.
+    ///
+    /// # Errors
+    /// Rates that are none.
+    pub fn predicted_at(&self, rates: Rates) -> Result<Prediction> {
+        let request = Request {
+            rates,
+            ..self.request.clone()
+        };
+        request.rates.validate(request.device)?;
+        let (blocks, tokens) = (self.n_kv_blocks, self.max_step_tokens);
+        Plan::with_step_tokens(&self.model, &request, blocks, tokens).map(|plan| plan.predicted)
+    }
+
     /// All weights lie in the memory of what multiplies them.
     pub fn fits(&self) -> bool {
         self.ranks.iter().all(|r| r.fits)

@@ -39,6 +39,8 @@ pub struct Rates {
     pub gpu: Option<GpuRates>,
     /// All cores of a node reading its memory in matrix-vector products.
     pub host_read_gbs: Rate,
+    /// The links and cores of a node, all at work at once, where that was measured.
+    pub together_gbs: Option<Rate>,
     /// Matrix products of all cores of a node.
     pub host_gemm_tflops: Rate,
     /// The model's files, all ranks of a node together.
@@ -70,6 +72,7 @@ pub const A100_40GB: Rates = Rates {
         link_gbs: Rate::assumed(24.0),
     }),
     host_read_gbs: Rate::assumed(100.0),
+    together_gbs: None,
     host_gemm_tflops: Rate::assumed(2.0),
     file_read_gbs: Rate::assumed(2.0),
     all_reduce_us: Rate::assumed(8.0),
@@ -97,6 +100,7 @@ pub const H200: Rates = Rates {
         link_gbs: Rate::assumed(55.0),
     }),
     host_read_gbs: Rate::assumed(130.0),
+    together_gbs: None,
     host_gemm_tflops: Rate::assumed(9.0),
     file_read_gbs: Rate::assumed(2.0),
     all_reduce_us: Rate::assumed(5.0),
@@ -108,6 +112,7 @@ pub const SMALL_HOST: Rates = Rates {
     assumed_for: "a small CPU host",
     gpu: None,
     host_read_gbs: Rate::assumed(20.0),
+    together_gbs: None,
     host_gemm_tflops: Rate::assumed(0.1),
     file_read_gbs: Rate::assumed(2.0),
     all_reduce_us: Rate::assumed(40.0),

@@ -134,6 +134,11 @@ impl Plan {
         line
     }
 
+    /// What a log says of the plan.
+    pub fn in_a_line(&self) -> String {
+        format!("{}; {}", self.fit_line(), self.speed_line())
+    }
+
     fn speed_line(&self) -> String {
         let p = &self.predicted;
         format!(

@@ -15,7 +15,7 @@ use crate::gpu;
 use crate::logging;
 use crate::model::{Limits, Qwen, check_tensors};
 use crate::output::RankReport;
-use crate::plan::{self, DeviceKind, Plan, Shard};
+use crate::plan::{self, DeviceKind, Plan, Prediction, Shard};
 use crate::weights::{self, Arena, Checkpoint, Dtype, LoadStats, LocalMatrix, Source};
 use crate::world::{Group, Hello, MeetOptions, World, WorldFlags};
 use crate::{Error, Result};
@@ -48,6 +48,10 @@ pub struct Report {
     pub load_s: f64,
     /// Every rank.
     pub ranks: Vec<RankReport>,
+    /// How fast the plan says that it should be, by what was measured at the start where anything was.
+    pub predicted: Prediction,
+    /// Link and cores of this rank together, in GB/s, where they were measured for an offload.
+    pub host_gbs: Option<f64>,
 }
 
 /// The model as this rank found it.
@@ -58,12 +62,6 @@ struct Model {
     fingerprint: u64,
     site: Site,
 }
-
-/// Tokens of a GPU's prefill chunk: enough that the weights' traffic is hidden behind the products.
-pub const GPU_STEP_TOKENS: usize = 2048;
-
-/// The same where every step passes over weights that are not on the GPU.
-const OFFLOAD_STEP_TOKENS: usize = 8192;
 
 /// Sequences that share a step; more would only wait for each other.
 const MAX_SEQUENCES: usize = 64;
@@ -183,6 +181,7 @@ fn prepare<W>(
 ) -> Result<Ready> {
     let demand = share_demand(work.as_ref().map(|w| w.0), group)?;
     let plan = make_plan(args, &model, &demand, group)?;
+    tracing::info!("{}", plan.in_a_line());
     let source = match &model.checkpoint {
         Some(checkpoint) => Source::Checkpoint(checkpoint),
         None => Source::Random { seed: 0 },
@@ -193,6 +192,7 @@ fn prepare<W>(
         max_logit_rows: plan.request.max_seqs,
         n_kv_blocks: plan.n_kv_blocks,
     };
+    let (mut predicted, mut host_gbs) = (plan.predicted, None);
     let mut replica: Box<dyn Step> = match model.site {
         Site::Cpu => {
             let place = Place {
@@ -230,7 +230,14 @@ fn prepare<W>(
             )?;
             bar.finish_and_clear();
             say_loaded(&loaded.stats);
+            tracing::info!("memory after the load: {}", loaded.memory_line()?);
+            if let Some((link, cores)) = loaded.host_rates {
+                host_gbs = Some(link + cores);
+                predicted = plan.predicted_at(measured_rates(&plan, link, cores))?;
+                tracing::info!("by these rates {:.1} ms a token", 1e3 * predicted.tpot_s);
+            }
             loaded.warm_up(demand.n_tokens_known)?;
+            tracing::info!("memory when warm: {}", loaded.memory_line()?);
             Box::new(Replica::new(
                 loaded.backend,
                 loaded.model,
@@ -252,8 +259,22 @@ fn prepare<W>(
     let report = Report {
         load_s: start.elapsed().as_secs_f64(),
         ranks: report(group, &plan),
+        predicted,
+        host_gbs,
     };
     Ok((replica, scheduler, report))
+}
+
+/// The plan's rates with what one rank has measured of its link and its cores; the others of its node are taken to be alike.
+fn measured_rates(plan: &Plan, link: f64, cores: f64) -> plan::Rates {
+    let sharers = plan.request.ranks_per_node.min(plan.request.tp_size) as f64;
+    let mut rates = plan.request.rates;
+    if let Some(gpu) = &mut rates.gpu {
+        gpu.link_gbs = plan::Rate::measured(gpu.link_gbs.value.max(link));
+    }
+    rates.host_read_gbs = plan::Rate::measured(rates.host_read_gbs.value.max(cores * sharers));
+    rates.together_gbs = Some(plan::Rate::measured((link + cores) * sharers));
+    rates
 }
 
 /// Rank 0 tells the others what its input needs.
@@ -286,7 +307,6 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
     if args.host_share.is_some_and(|x| !(0.0..=1.0).contains(&x)) {
         return Err(Error::usage("--host-share: must be from 0 to 1"));
     }
-    let base = plan::Request::new(&name, &model.config, kind, group.size());
     let mut request = plan::Request {
         dtype: model.dtype,
         context: demand.context,
@@ -295,44 +315,27 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
         host_memory: host_typed.or(least(|h| h.host_memory)),
         files: model.checkpoint.is_some(),
         sm_count: model.site.sm_count(),
-        max_step_tokens: if on_gpu {
-            GPU_STEP_TOKENS
-        } else {
-            base.max_step_tokens
-        },
         ranks_per_node: group.local_rank_and_size().1,
-        ..base
+        rates: plan::Rates::assumed(kind, least(|h| h.memory)),
+        ..plan::Request::new(&name, &model.config, kind, group.size())
     };
-    let mut offloaded = None;
+    let mut widest = None;
     loop {
-        let mut outcome = Plan::new(&model.config, &request);
-        if outcome.as_ref().is_ok_and(fits) {
-            return outcome;
+        let plan = Plan::for_run(&model.config, &request);
+        if plan.as_ref().is_ok_and(Plan::fits) {
+            return plan;
         }
-        if on_gpu {
-            // A step passes over all that is not on the GPU: a prompt in one step pays for that once.
-            let max_step_tokens = demand.context.clamp(GPU_STEP_TOKENS, OFFLOAD_STEP_TOKENS);
-            let longer = plan::Request {
-                max_step_tokens,
-                ..request.clone()
-            };
-            outcome = Plan::new(&model.config, &longer);
-        }
-        offloaded = match (offloaded, outcome) {
-            (Some(Ok(plan)), _) => Some(Ok(plan)),
-            (_, outcome) => Some(outcome),
+        // The first that works at all, or the last one's reason why none does.
+        widest = match widest {
+            Some(Ok(plan)) => Some(Ok(plan)),
+            _ => Some(plan),
         };
         if request.max_seqs == 1 {
             break;
         }
         request.max_seqs /= 2;
     }
-    offloaded.unwrap_or_else(|| Err(Error::failed("internal error: nothing was planned")))
-}
-
-/// Whether all weights are in the memory of what multiplies them.
-fn fits(plan: &Plan) -> bool {
-    plan.ranks.iter().all(|r| r.fits)
+    widest.unwrap_or_else(|| Err(Error::failed("internal error: nothing was planned")))
 }
 
 /// The ranks on this rank's host that may run on the same CPUs, and its number among them.
@@ -464,6 +467,7 @@ fn report(group: &Group, plan: &Plan) -> Vec<RankReport> {
         host: hello.host.clone(),
         device: hello.device.clone(),
         bytes: rank.bytes,
+        tiers: rank.tiers,
     };
     group.hellos().iter().zip(&plan.ranks).map(one).collect()
 }

@@ -3,7 +3,7 @@
 use super::{Site, make_pool};
 use crate::Result;
 use crate::bench::ceilings::{
-    AllReduce, Ceilings, DECODE_ROWS, GpuCeilings, LARGE_SUMS, RankCeilings,
+    AllReduce, AtStart, Ceilings, DECODE_ROWS, GpuCeilings, LARGE_SUMS, RankCeilings,
 };
 use crate::cli::ProbeArgs;
 use crate::comm::HostCollective;
@@ -77,6 +77,7 @@ fn on_cores(group: &Group, hidden: usize) -> Result<Ceilings> {
                 rows,
                 fused_us: None,
                 library_us: host_sum_us(&mut *ranks, n)?,
+                at_start: None,
             });
         }
     }
@@ -232,6 +233,11 @@ fn gpu_sums(probe: &mut Probe, hidden: usize) -> Result<Vec<AllReduce>> {
             rows,
             fused_us,
             library_us: probe.all_reduce_us(bytes)?,
+            at_start: rows.and_then(|rows| probe.way(rows)).map(|w| AtStart {
+                fused_us: w.fused_us,
+                library_us: w.library_us,
+                is_fused: w.is_fused(),
+            }),
         })
     };
     decode.into_iter().chain(large).map(one).collect()

@@ -261,6 +261,11 @@ impl Tensor<'_> {
     }
 }
 
+thread_local! {
+    /// A thread's bounce buffer, kept from one load to its next.
+    static BOUNCE: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
 /// What the threads share.
 struct Work<'a, 'd> {
     tensors: Vec<Tensor<'a>>,
@@ -273,7 +278,10 @@ struct Work<'a, 'd> {
 impl Work<'_, '_> {
     /// Fills pieces until none is left or a thread has failed.
     fn run(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
-        let mut bounce = Vec::new();
+        BOUNCE.with_borrow_mut(|bounce| self.run_with(bounce, progress))
+    }
+
+    fn run_with(&self, bounce: &mut Vec<u8>, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
         while !self.failed.load(Ordering::Relaxed) {
             let Some(mut piece) = self
                 .queue
@@ -284,7 +292,7 @@ impl Work<'_, '_> {
                 break;
             };
             let read = self.tensors[piece.part]
-                .fill(&mut piece, &mut bounce)
+                .fill(&mut piece, bounce)
                 .inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
             self.bytes_read.fetch_add(read, Ordering::Relaxed);
             progress(piece.dst.len() as u64);

@@ -297,9 +297,9 @@ class Model:
 
         def run():
             overlap, d.overlap = d.overlap, False
-            d.launch("embed", "embed", 1, 128, self.head, None, token, token, x, hidden, 0, vocab, vocab)
+            d.launch("embed", "embed", 1, 128, self.head, None, token, token, partial, x, hidden, 0, vocab, vocab)
             d.overlap = overlap
-            d.launch("norm", "rms_norm", 1, block, x, ws[0]["norm"], h, hidden, 1e-6)
+            d.launch("norm", "add_rms_norm", 1, block, partial, x, ws[0]["norm"], h, hidden, 1e-6)
             for i, w in enumerate(ws):
                 k, v, tables = w["kv"]
                 d.launch("gemv", "gemv_qkv_rope", *grid(n_all * d_head // 16, hidden), w["qkv"], h, w["bias"], freq, 1.0, position, slots[i], q, k, v, 1, n_heads, n_kv,

@@ -190,24 +190,43 @@ impl Offload {
         self.ring.set_transfers(streamed, shared)
     }
 
-    /// Measures how fast link and cores are while both are at work, and cuts accordingly.
+    /// Measures how fast link and cores are while both are at work, with all threads and with fewer, takes what is best, and
+    /// cuts accordingly; the two rates in GB/s.
     ///
     /// # Errors
     /// Those of the driver.
-    pub fn balance(&mut self) -> Result<()> {
+    pub fn balance(&mut self) -> Result<Option<(f64, f64)>> {
         let Some(share) = &self.share else {
-            return Ok(());
+            return Ok(None);
         };
-        let cores = share.begin_measuring()?;
-        let link = self.ring.measure(&self.memory, &|| share.is_measuring())?;
-        let cores = cores.recv().unwrap_or(0.0);
+        let all = share.threads();
+        let mut best = (0, 0.0, 0.0);
+        for quarters in (1..=4).rev() {
+            let threads = (all * quarters).div_ceil(4);
+            share.set_threads(threads);
+            let cores = share.begin_measuring()?;
+            let link = self.ring.measure(&self.memory, &|| share.is_measuring())?;
+            let cores = cores.recv().unwrap_or(0.0);
+            if link + cores > best.1 + best.2 {
+                best = (threads, link, cores);
+            }
+        }
+        let (threads, link, cores) = best;
+        share.set_threads(threads);
         // A coarse grid, so that a plan is cut alike in nearly all of its runs.
         let part = (cores / (cores + link) * 50.0).round() / 50.0;
         tracing::info!(
-            "offload: the link brings {link:.1} GB/s while the cores multiply {cores:.1} GB/s: they take {:.0}%",
+            "offload: the link brings {link:.1} GB/s while {threads} of {all} threads multiply {cores:.1} GB/s: they take {:.0}%",
             100.0 * part
         );
-        self.set_share(part)
+        self.set_share(part)?;
+        Ok(Some((link, cores)))
+    }
+
+    /// Bytes of the weights in host memory and in the files.
+    pub fn bytes(&self) -> (usize, usize) {
+        let in_files = self.parts.iter().map(|p| p.file.bytes()).sum();
+        (self.memory.as_slice().len(), in_files)
     }
 
     /// Whether steps may be recorded: reads of files are the host's own work.

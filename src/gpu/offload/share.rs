@@ -22,8 +22,8 @@ pub const TIMEOUT_MS: u32 = 30_000;
 const SPIN: Duration = Duration::from_millis(50);
 const SPIN_AMONG_OTHERS: Duration = Duration::from_micros(100);
 const PAUSE: Duration = Duration::from_micros(50);
-/// How long rates are measured.
-const MEASURE: Duration = Duration::from_millis(150);
+/// How long a rate is measured.
+const MEASURE: Duration = Duration::from_millis(80);
 
 /// What multiplies.
 #[derive(Debug, Clone)]
@@ -97,6 +97,8 @@ struct Shared {
     mail: Mailbox,
     memory: Arc<LockedMemory>,
     jobs: Vec<Job>,
+    /// Threads that take part: where memory is the limit, fewer may do as much and leave the link more.
+    active: AtomicUsize,
     stop: AtomicBool,
     measuring: AtomicBool,
     failed: AtomicBool,
@@ -148,6 +150,7 @@ impl HostShare {
             mail,
             memory,
             jobs: parts.iter().map(job).collect(),
+            active: AtomicUsize::new(cores.cpus.len()),
             stop: AtomicBool::new(false),
             measuring: AtomicBool::new(false),
             failed: AtomicBool::new(false),
@@ -186,6 +189,16 @@ impl HostShare {
     /// Units of a part that are streamed.
     pub fn streamed(&self, part: usize) -> usize {
         self.shared.jobs[part].streamed.load(Ordering::Acquire)
+    }
+
+    /// How many threads take part in a product, at most.
+    pub fn threads(&self) -> usize {
+        self.shared.active.load(Ordering::Acquire)
+    }
+
+    /// Lets only so many threads take part.
+    pub fn set_threads(&self, n: usize) {
+        self.shared.active.store(n.max(1), Ordering::Release);
     }
 
     /// Begins to multiply everything in turn; the rate in GB/s comes when it is known.
@@ -288,12 +301,16 @@ impl Shared {
                 let first = job.streamed.load(Ordering::Acquire);
                 let rows = (job.pinned - first) * job.rows_per_unit;
                 let (x, y) = (self.mail.x(m * job.k), self.mail.y(m * rows));
-                cpu::few_rows(pool, x, m, self.rows_of(job, first), y);
+                self.multiply(pool, x, m, self.rows_of(job, first), y);
                 self.mail.word(ANSWER).store(epoch, Ordering::Release);
             }
             // The GPU asks for what does not exist: it waits in vain, and `check` says so.
             None => self.failed.store(true, Ordering::Release),
         }
+    }
+
+    fn multiply(&self, pool: &Pool, x: &[f32], m: usize, w: Matrix<'_>, y: &mut [f32]) {
+        cpu::few_rows(pool, self.active.load(Ordering::Acquire), x, m, w, y);
     }
 
     /// The rows of a job from unit `first` on.
@@ -316,7 +333,7 @@ impl Shared {
             for job in &self.jobs {
                 let w = self.rows_of(job, 0);
                 let (x, y) = (self.mail.x(job.k), self.mail.y(w.rows));
-                cpu::few_rows(pool, x, 1, w, y);
+                self.multiply(pool, x, 1, w, y);
                 bytes += w.data.len();
                 if start.elapsed() > MEASURE {
                     break;

@@ -86,8 +86,9 @@ fn a_kernel_that_leaves_its_buffers_is_caught() {
         buffer(&driver, 2 * 64),
         buffer(&driver, 2 * 64 - 16),
     );
-    let f = driver.function(&NORM, "rms_norm").unwrap();
-    let args = args![x.ptr(), weight.ptr(), h.ptr(), 64usize, 1e-6f32];
+    let f = driver.function(&NORM, "add_rms_norm").unwrap();
+    let partial = weight.ptr();
+    let args = args![partial, x.ptr(), weight.ptr(), h.ptr(), 64usize, 1e-6f32];
     // SAFETY: `h` is too short on purpose; the emulation checks every access.
     let enqueued = unsafe { driver.launch(f, &Launch::linear(1, 32), &args, stream) };
     let e = enqueued
@@ -436,8 +437,9 @@ fn a_failed_copy_and_a_lost_device_end_everything_after_them() {
         buffer(&driver, 128),
         buffer(&driver, 128),
     );
-    let f = driver.function(&NORM, "rms_norm").unwrap();
-    let args = args![x.ptr(), weight.ptr(), h.ptr(), 64usize, 1e-6f32];
+    let f = driver.function(&NORM, "add_rms_norm").unwrap();
+    let partial = weight.ptr();
+    let args = args![partial, x.ptr(), weight.ptr(), h.ptr(), 64usize, 1e-6f32];
     // SAFETY: the parameters of norm.cu; the buffers outlive the stream's work.
     let ran = unsafe { driver.launch(f, &Launch::linear(1, 32), &args, stream) }
         .and_then(|()| driver.synchronize(stream));

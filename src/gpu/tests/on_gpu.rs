@@ -235,9 +235,14 @@ fn gpu_norm_kernel_launches() {
     host.as_mut_slice().copy_from_slice(&bytes);
     let dx = DeviceBuffer::new(&driver, bytes.len(), "x").unwrap();
     let dh = DeviceBuffer::new(&driver, rows * hidden * 2, "h").unwrap();
+    // Nothing is added.
+    let dp = DeviceBuffer::new(&driver, rows * hidden * 2, "partial").unwrap();
+    // SAFETY: inside the buffer, which outlives the stream's work.
+    unsafe { driver.fill(dp.ptr(), 0, dp.bytes(), stream) }.unwrap();
     host.upload(0..bytes.len(), &dx, 0, stream).unwrap();
-    let f = driver.function(&kernels::NORM, "rms_norm").unwrap();
+    let f = driver.function(&kernels::NORM, "add_rms_norm").unwrap();
     let args = args![
+        dp.ptr(),
         dx.ptr(),
         dx.ptr().offset(x.len() * 4),
         dh.ptr(),

@@ -64,6 +64,43 @@ fn more_than_is_free_is_not_read() {
     assert!(probe.read_gbs().unwrap() > 0.0);
 }
 
+/// What the ranks agree on is served that way: each of them takes the fused sums or the library's, and all alike.
+#[test]
+fn the_way_of_sums_is_measured_and_the_same_on_every_rank() {
+    let run = |comm: ThreadRanks| {
+        move || -> Result<_> {
+            let options = Options {
+                ordinal: comm.rank as u32,
+                ..Options::default()
+            };
+            let standin = Arc::new(Standin::new(options));
+            let mut parts = Parts::standin(&standin, Some(Box::new(comm)), 64)?;
+            let unmeasured = [1, 8, 9, 32].map(|rows| parts.comm.is_fused(rows));
+            assert_eq!(unmeasured, [true, true, false, false]);
+            parts.comm.measure(parts.stream)?;
+            let measured = (1..40)
+                .map(|rows| parts.comm.is_fused(rows))
+                .collect::<Vec<_>>();
+            Ok((parts.comm.ways().to_vec(), measured))
+        }
+    };
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        let ranks = ThreadRanks::all(3).into_iter();
+        let threads: Vec<_> = ranks.map(|comm| scope.spawn(run(comm))).collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().unwrap().unwrap())
+            .collect()
+    });
+    assert!(outcomes.iter().all(|o| *o == outcomes[0]));
+    let (ways, measured) = &outcomes[0];
+    let rows: Vec<_> = ways.iter().map(|w| w.rows).collect();
+    assert_eq!(rows, super::super::ways::ROWS);
+    assert!(ways.iter().all(|w| w.fused_us > 0.0 && w.library_us > 0.0));
+    assert_eq!(measured[10], ways[4].is_fused());
+    assert!(!measured[32], "no inbox has room for 33 rows");
+}
+
 #[test]
 fn sums_over_two_ranks_are_timed_both_ways() {
     let run = |comm: ThreadRanks| {

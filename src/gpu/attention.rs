@@ -1,0 +1,180 @@
+//! Attention and what surrounds it: the rotation table, the paged cache, and the launches of both.
+
+use super::backend::{GpuBackend, GpuBuf};
+use super::driver::{DevicePtr, Driver, Launch, Pinned, Stream, args};
+use super::geometry::Geometry;
+use super::launch::PREFILL_SHARED_PER_ELEMENT;
+use super::load::GpuWeight;
+use super::memory::{DeviceBuffer, PinnedBuffer};
+use super::products::{Form, GEMV_ROWS, Target};
+use crate::Result;
+use crate::model::{KV_BLOCK, Layer};
+use std::sync::Arc;
+
+/// Bytes of a rank's KV cache.
+pub fn kv_bytes(g: &Geometry, n_blocks: usize) -> usize {
+    2 * g.n_layers * n_blocks * g.n_kv_heads * KV_BLOCK * g.padded_head_dim * 2
+}
+
+/// The rotation table on the device, f32 `[padded_head_dim / 2]`.
+///
+/// # Errors
+/// Those of the driver.
+pub(super) fn upload_inv_freq(
+    driver: &Arc<dyn Driver>,
+    g: &Geometry,
+    inv_freq: &[f32],
+    stream: Stream,
+) -> Result<DeviceBuffer> {
+    let bytes = g.padded_head_dim / 2 * 4;
+    let mut staging = PinnedBuffer::new(driver, bytes, Pinned::Cached, "rotation table")?;
+    // Padding turns by nothing.
+    let (table, rest) =
+        bytemuck::cast_slice_mut::<u8, f32>(staging.as_mut_slice()).split_at_mut(inv_freq.len());
+    table.copy_from_slice(inv_freq);
+    rest.fill(0.0);
+    let table = DeviceBuffer::new(driver, bytes, "rotation table")?;
+    staging.upload(0..bytes, &table, 0, stream)?;
+    driver.synchronize(stream)?;
+    Ok(table)
+}
+
+impl GpuBackend {
+    /// K and V cache of a layer.
+    fn layer_cache(&self, index: usize) -> (DevicePtr, DevicePtr) {
+        let half = self.cache.bytes() / (2 * self.g.n_layers.max(1));
+        let k = self.cache.ptr().offset(2 * index * half);
+        (k, k.offset(half))
+    }
+
+    /// Enqueues the q, k and v products of layer `index` with bias, head norms and rotation; k and v go to its cache.
+    ///
+    /// # Errors
+    /// Those of the driver, the library and the host's share.
+    pub(super) fn project(
+        &mut self,
+        index: usize,
+        layer: &Layer<GpuWeight>,
+        h: &GpuBuf,
+        q: &mut GpuBuf,
+    ) -> Result<()> {
+        if self.g.n_heads == 0 {
+            return Ok(());
+        }
+        let (s, g) = (self.step, &self.g);
+        let (t, (nq, nkv, d)) = (s.n_tokens, (g.n_heads, g.n_kv_heads, g.padded_head_dim));
+        let pointer = |w: &Option<GpuWeight>| w.as_ref().map_or(DevicePtr(0), |w| w.ptr);
+        let bias = pointer(&layer.qkv_bias);
+        let (k_cache, v_cache) = self.layer_cache(index);
+        let (inv_freq, scale) = (self.inv_freq.ptr(), self.rope_scale);
+        if t <= GEMV_ROWS && layer.q_norm.is_none() && layer.qkv.host.is_none() {
+            let (w, k) = (layer.qkv.ptr, g.hidden);
+            let args = args![
+                w,
+                h.ptr,
+                bias,
+                inv_freq,
+                scale,
+                s.positions,
+                s.slots,
+                q.ptr,
+                k_cache,
+                v_cache,
+                t,
+                nq,
+                nkv,
+                d,
+                k,
+                k
+            ];
+            let launch = self.kernels.gemv_launch(g.qkv_width() / 16, k);
+            return self.launch(self.kernels.gemv_qkv_rope, &launch, &args);
+        }
+        let eps = g.head_norm_eps(self.rms_norm_eps);
+        let (q_norm, k_norm) = (pointer(&layer.q_norm), pointer(&layer.k_norm));
+        let qkv = self.product;
+        let args = args![
+            qkv,
+            bias,
+            q_norm,
+            k_norm,
+            inv_freq,
+            scale,
+            eps,
+            s.positions,
+            s.slots,
+            q.ptr,
+            k_cache,
+            v_cache,
+            nq,
+            nkv,
+            d
+        ];
+        let warps = 4;
+        let grid = (nq + 2 * nkv).div_ceil(warps);
+        let launch = Launch {
+            grid: [grid as u32, t as u32, 1],
+            block: [32 * warps as u32, 1, 1],
+            shared: 0,
+        };
+        let to = Target {
+            y: qkv,
+            ld: self.g.qkv_width(),
+            form: Form::Bf16,
+        };
+        self.product(h.ptr, &layer.qkv, t, to)?;
+        self.launch(self.kernels.qkv_rope, &launch, &args)
+    }
+
+    /// Enqueues causal attention of the queries over the cache of layer `index`.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub(super) fn attend(&mut self, index: usize, q: &GpuBuf, attn: &mut GpuBuf) -> Result<()> {
+        if self.g.n_heads == 0 {
+            return Ok(());
+        }
+        let (k_cache, v_cache) = self.layer_cache(index);
+        let (s, g) = (self.step, &self.g);
+        let scale = 1.0 / (g.head_dim as f32).sqrt();
+        let (nq, nkv) = (g.n_heads, g.n_kv_heads);
+        let (tables, seqs, one_block) = (s.tables, s.seqs, 1usize);
+        let grid = |x: usize, y: usize, z: usize| [x as u32, y as u32, z as u32];
+        if s.longest > 1 {
+            let rows = s.longest * nq / nkv;
+            let shared = (PREFILL_SHARED_PER_ELEMENT * (g.padded_head_dim + 8)) as u32;
+            let launch = Launch {
+                grid: grid(rows.div_ceil(128), nkv, s.n_seqs),
+                block: [256, 1, 1],
+                shared,
+            };
+            let args = args![
+                q.ptr, k_cache, v_cache, tables, seqs, attn.ptr, nq, nkv, one_block, scale
+            ];
+            return self.launch(self.kernels.attention_prefill, &launch, &args);
+        }
+        let splits = s.splits;
+        let (part, part_ml) = (self.arena.get("part"), self.arena.get("part_ml"));
+        let groups = nkv * (nq / nkv).div_ceil(8);
+        let launch = Launch {
+            grid: grid(splits, groups, s.n_seqs),
+            block: [128, 1, 1],
+            shared: 0,
+        };
+        let args = args![
+            q.ptr, k_cache, v_cache, tables, seqs, part, part_ml, attn.ptr, nq, nkv, one_block,
+            splits, scale
+        ];
+        self.launch(self.kernels.attention_decode, &launch, &args)?;
+        if splits == 1 {
+            return Ok(());
+        }
+        let launch = Launch {
+            grid: grid(nq, s.n_seqs, 1),
+            block: [128, 1, 1],
+            shared: 0,
+        };
+        let args = args![part, part_ml, seqs, attn.ptr, nq, splits];
+        self.launch(self.kernels.attention_combine, &launch, &args)
+    }
+}
