@@ -101,7 +101,7 @@ compare() { bench compare compare --model qwen2.5-7b --gpu-memory 5GiB; }
 compared() {
     local name=$1
     shift
-    python3 tests/numerics.py "$tandem" "$out/$name" --device "$device" --max-seconds $((total - 20)) "$@"
+    python3 tests/numerics.py "$tandem" "$out/$name" --device "$device" --max-seconds $((total - 40)) "$@"
 }
 numerics() { compared numerics ${smollm2:+--smollm2 "$smollm2"}; }
 # From next to nothing resident to next to everything, on one rank.
@@ -142,8 +142,10 @@ failed=() not_run=()
 for part in ${parts//,/ }; do
     left=$((total - SECONDS))
     seconds=$((left < limit[$part] ? left : limit[$part]))
-    # Numerics makes do with less; of another part, half is worth nothing.
-    if [[ $part == slurm && -z $smollm2 ]] || [[ $left -lt $((limit[$part] / 2)) && $part != numerics ]] || [[ $left -lt 60 ]]; then
+    # Numerics makes do with less; half of another part is worth nothing.
+    least=$((limit[$part] / 2))
+    [[ $part != numerics ]] || least=80
+    if [[ $left -lt $least || ($part == slurm && -z $smollm2) ]]; then
         not_run+=("$part")
         continue
     fi

@@ -17,8 +17,10 @@ use std::time::{Duration, Instant};
 pub const SHARE_ROWS: usize = 32;
 /// A host that leaves the GPU waiting for this long is lost.
 pub const TIMEOUT_MS: u32 = 30_000;
-/// How long the thread looks for the GPU's word without a pause, and the pauses after that.
+/// How long the thread looks for the GPU's word without a pause where the cores are its alone, and where others need them;
+/// and the pauses after that.
 const SPIN: Duration = Duration::from_millis(50);
+const SPIN_AMONG_OTHERS: Duration = Duration::from_micros(100);
 const PAUSE: Duration = Duration::from_micros(50);
 /// How long a rate is measured.
 const MEASURE: Duration = Duration::from_millis(80);
@@ -30,6 +32,15 @@ pub struct Cores {
     pub cpus: Vec<usize>,
     /// Nobody else runs there: threads may be bound and may spin.
     pub exclusive: bool,
+}
+
+impl Cores {
+    fn spin(&self) -> Duration {
+        match self.exclusive {
+            true => SPIN,
+            false => SPIN_AMONG_OTHERS,
+        }
+    }
 }
 
 /// Words of the mailbox, 64 bytes apart where both sides write.
@@ -152,7 +163,7 @@ impl HostShare {
             .spawn(move || match make_pool(&cores) {
                 Ok(pool) => {
                     let _ = ready.send(Ok(()));
-                    theirs.serve(&pool, &asked);
+                    theirs.serve(&pool, &asked, cores.spin());
                 }
                 Err(e) => drop(ready.send(Err(e))),
             })
@@ -256,8 +267,8 @@ fn make_pool(cores: &Cores) -> Result<Pool> {
 }
 
 impl Shared {
-    /// The thread's life.
-    fn serve(&self, pool: &Pool, tasks: &Receiver<Sender<f64>>) {
+    /// The thread's life; it pauses when the GPU has been silent for `spin`.
+    fn serve(&self, pool: &Pool, tasks: &Receiver<Sender<f64>>, spin: Duration) {
         let mut seen = 0;
         let mut idle_since = Instant::now();
         while !self.stop.load(Ordering::Acquire) {
@@ -275,7 +286,7 @@ impl Shared {
                 self.measuring.store(false, Ordering::Release);
                 let _ = reply.send(rate);
             }
-            if idle_since.elapsed() > SPIN {
+            if idle_since.elapsed() > spin {
                 std::thread::sleep(PAUSE);
             }
         }

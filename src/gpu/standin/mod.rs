@@ -167,11 +167,15 @@ impl Standin {
     /// Runs `f` unless the device is lost; errors name the call.
     fn call<T>(&self, call: &str, f: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         let mut state = self.lock();
-        match &state.device.lost {
+        let outcome = match &state.device.lost {
             Some(e) => Err(e.clone()),
             None => f(&mut state),
+        };
+        if state.device.lost.is_some() {
+            // Work may hold what other ranks take for a sign of life: the sending end of a channel.
+            state.queues.clear();
         }
-        .map_err(|e| {
+        outcome.map_err(|e| {
             Error::failed(format_args!(
                 "GPU {} (stand-in): {call}: {e}",
                 state.device.options.ordinal

@@ -282,6 +282,13 @@ impl Queues {
         self.enqueue(stream, Op::Graph { nodes, done })
     }
 
+    /// Drops all work and all graphs: none of it will run.
+    pub fn clear(&mut self) {
+        self.streams.values_mut().for_each(VecDeque::clear);
+        self.graphs.clear();
+        self.capture = None;
+    }
+
     /// How many graphs there are.
     pub fn graphs(&self) -> usize {
         self.graphs.len()
