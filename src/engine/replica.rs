@@ -326,7 +326,8 @@ impl<B: Backend> Replica<B> {
     fn sample_among_few(&mut self, finishing: &[SeqId]) -> Result<Option<Vec<Choice>>> {
         let sequences = &self.sequences;
         let few = |id| sequences.get(id).is_some_and(|s| s.sampling.looks_at_few());
-        if !finishing.iter().all(few) {
+        // Rows that are to be kept have to be fetched whole.
+        if self.kept.is_some() || !finishing.iter().all(few) {
             return Ok(None);
         }
         let Some(rows) = self.backend.candidates(&self.activations.logits)? else {
