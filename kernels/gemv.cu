@@ -46,6 +46,8 @@
 //     3584×9472     8 × 2    67.9   17.9   87%    21.5       |
 // (37888, 29568, 18944 and 9728 rows: gate·up with SiLU.) A whole decode step of the 7B shape at context 1024, 8 × 2 throughout: 3747 µs,
 // 87% of its floor; half of it (two ranks, without all-reduce) 2072 µs, 79%; half of 72B 18.1 ms, 91%.
+// On H100s, whole steps as `tandem bench` has them (2026-11-25, context 1024, read rate 3.08 TB/s): 7B 5.23 ms, 88% of the floor; half of 7B with its
+// sums over two ranks 2.89 ms, 80%; half of 72B 26.2 ms, 88%.
 //
 // Tried:
 //   * L2 hint of the loads, with the first rule, expected nothing: 128B 87 to 99% of the floor at the shapes above 100 MB, 256B 84 to 96%,

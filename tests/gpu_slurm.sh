@@ -8,7 +8,7 @@
 #   cargo build --release --locked --features mpi --bin tandem && strip -o tandem-mpi target/release/tandem
 #
 # DEBS is a folder of .deb files that are unpacked, not installed, where Slurm is missing (no network needed): slurmctld,
-# slurmd, slurm-client, slurm-wlm-basic-plugins, munge, and lib*.deb for whatever they miss. MODEL is the demo model. Every
+# slurmd, slurm-client, slurm-wlm-basic-plugins, munge, and lib*.deb for whatever they miss (libdbus-1-3 among them). MODEL is the demo model. Every
 # answer is compared with tests/golden/smollm2/golden.json. A table comes last.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -39,7 +39,7 @@ row() {
 # Every shared library that Slurm and munge need and the loader does not find.
 missing_libraries() {
     ldd /usr/sbin/{munged,slurmctld,slurmd,slurmstepd} /usr/bin/{srun,sbatch,sinfo,scontrol} \
-        "$plugins"/{auth_munge,cred_munge,select_cons_tres,gres_gpu,gpu_generic,mpi_pmix_v4}.so \
+        "$plugins"/{auth_munge,cred_munge,select_cons_tres,gres_gpu,gpu_generic,mpi_pmix_v4,cgroup_v1,cgroup_v2}.so \
         /usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so 2>/dev/null |
         awk '/not found/ { print $1 }' | sort -u
 }

@@ -76,7 +76,11 @@ fn initialize() -> Result<()> {
         )));
     }
     // SAFETY: no precondition.
-    check("cuInit", unsafe { sys::cuInit(0) })
+    check("cuInit", unsafe { sys::cuInit(0) }).map_err(|e| {
+        Error::failed(format_args!(
+            "{e}; CUDA_VISIBLE_DEVICES may hide the GPUs, and --device cpu runs without"
+        ))
+    })
 }
 
 impl Cuda {
@@ -108,7 +112,13 @@ impl Cuda {
             check(
                 "cuDevicePrimaryCtxRetain",
                 sys::cuDevicePrimaryCtxRetain(&mut context, device),
-            )?;
+            )
+            .map_err(|e| {
+                let name = &properties.name;
+                Error::failed(format_args!(
+                    "GPU {ordinal} ({name}) has no room for this process: {e}; nvidia-smi shows who else uses it"
+                ))
+            })?;
             let compiler = Compiler::new(architecture(properties.compute), cache);
             let overlap = properties.compute >= (9, 0);
             let (compiler, modules) = (Mutex::new(compiler), Mutex::default());
