@@ -19,7 +19,7 @@
 //! | [`engine`] | schedule → forward → sample → emit |
 //! | [`text`] | tokenizer, chat template, streamed detokenization, stop strings |
 //! | [`output`] | the answer on stdout, the summary on stderr |
-//! | [`bench`] | what a machine gives at best, and what a run makes of it |
+//! | [`mod@bench`] | what a machine gives at best, and what a run makes of it |
 //! | [`doctor`] | what this machine offers, what is missing |
 //! | [`logging`] | log lines tagged with rank and host, the progress bar |
 //! | [`error`] | the one error type |

@@ -102,7 +102,7 @@ pub struct Prediction {
     pub tpot_s: f64,
     /// Tokens of all sequences per second at that pace.
     pub tokens_per_s: f64,
-    /// Time of a request whose prompt fills the context but for [`ANSWER_TOKENS`], and of that answer: what the tokens of
+    /// Time of a request whose prompt fills the context but for `ANSWER_TOKENS`, and of that answer: what the tokens of
     /// a step are chosen by.
     pub request_s: f64,
     /// What `ttft_s` mostly is.

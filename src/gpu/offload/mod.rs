@@ -5,7 +5,7 @@
 //!   a matrix's rows:   [ on the GPU | streamed | multiplied by the cores | in the files, streamed ]
 //! ```
 //!
-//! [`Ring`] brings what is streamed, [`HostShare`] has the cores' part multiplied, [`Files`] reads what is not even in host
+//! [`Ring`] brings what is streamed, [`HostShare`] has the cores' part multiplied, `Files` reads what is not even in host
 //! memory. HeteGen (Zhao et al., arXiv 2403.01164) shows the cut between cores and link on one GPU.
 
 mod files;
