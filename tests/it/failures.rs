@@ -241,6 +241,15 @@ fn wrong_usage_is_exit_code_2() {
         2,
         "cannot be used with",
     );
+    let on_cpu = ["--device", "cpu", "--prompt", "x"];
+    for (flag, value, needle) in [
+        ("--gpu-memory", "4GiB", "--gpu-memory"),
+        ("--gpu-memory", "much", "much"),
+        ("--host-share", "1.5", "--host-share"),
+    ] {
+        let mut run = generate(dir.path(), "2", &on_cpu);
+        fails(run.args([flag, value]), 2, needle);
+    }
     fails(&mut tandem(), 2, "--help");
     fails(tandem().arg("generate"), 2, "--model");
     fails(

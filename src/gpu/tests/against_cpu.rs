@@ -14,7 +14,7 @@ use std::time::Instant;
 const ROWS: usize = 16;
 
 /// Tokens `from..to` of a made-up sequence whose blocks lie backwards in a cache of `n_blocks`.
-fn piece(config: &ModelConfig, from: usize, to: usize, n_blocks: usize) -> Batch {
+pub(super) fn piece(config: &ModelConfig, from: usize, to: usize, n_blocks: usize) -> Batch {
     let id = |p: u32| p.wrapping_mul(2_654_435_761) % config.vocab_size as u32;
     let len = to - from;
     Batch {
@@ -76,7 +76,7 @@ fn against_cpu(config: &ModelConfig, parts: Parts, prompt: usize, decoded: usize
     distance(&got, &want, config.vocab_size)
 }
 
-fn cut(shape: &str, n_layers: usize, vocab_size: usize) -> ModelConfig {
+pub(super) fn cut(shape: &str, n_layers: usize, vocab_size: usize) -> ModelConfig {
     ModelConfig {
         n_layers,
         vocab_size,

@@ -1,8 +1,11 @@
 //! Models whose weights lie partly in host memory and in files: the same golden logits, whatever the placement.
 
+use super::against_cpu::{cut, piece};
 use super::*;
+use crate::gpu::arena::WORKSPACE;
 use crate::gpu::offload::Cores;
-use crate::plan::{Cut, Placement};
+use crate::plan::{Cut, DeviceKind, Placement, Plan, Request};
+use crate::weights::Dtype;
 
 /// Where `resident` and `pinned` of 16 parts of every matrix go; the rest stays in the files.
 fn placement(config: &ModelConfig, shard: &Shard, resident: usize, pinned: usize) -> Placement {
@@ -287,4 +290,79 @@ fn weights_without_files_cannot_be_left_in_them() {
         .err()
         .unwrap();
     assert!(e.to_string().contains("raise --host-memory"), "{e}");
+}
+
+/// A prompt and two tokens, on a device of so many bytes.
+fn planned(config: &ModelConfig, plan: &Plan, total_memory: u64) -> Result<Vec<f32>> {
+    let rank = &plan.ranks[0];
+    let options = Options {
+        total_memory,
+        ..Options::default()
+    };
+    let parts = Parts::standin(&Arc::new(Standin::new(options)), None, 0)?;
+    let host = Host {
+        placement: rank.placement,
+        cores: Some(Cores {
+            cpus: vec![0, 0],
+            exclusive: false,
+        }),
+        share: Some(0.5),
+        files: None,
+    };
+    let limits = Limits {
+        max_step_tokens: plan.max_step_tokens,
+        max_logit_rows: 1,
+        n_kv_blocks: plan.n_kv_blocks,
+    };
+    let (source, shard) = (Source::Random { seed: 1 }, &rank.shard);
+    let loaded = load_rank(
+        config,
+        source,
+        Dtype::Bf16,
+        shard,
+        limits,
+        parts,
+        host,
+        2,
+        &|_| {},
+    )?;
+    let mut rank = Rank::of(loaded);
+    let mut logits = Vec::new();
+    for (from, to) in [(0, 20), (20, 21), (21, 22)] {
+        let mut batch = piece(config, from, to, plan.n_kv_blocks);
+        batch.logit_rows = vec![(to - from) as u32 - 1];
+        logits.extend(rank.step(&batch)?);
+    }
+    Ok(logits)
+}
+
+/// A device with not a byte more than the plan counts holds the run, and the logits are those of a resident run.
+#[test]
+fn a_planned_budget_holds() {
+    let config = cut("qwen2.5-0.5b", 8, 512);
+    let request = Request {
+        context: 48,
+        max_step_tokens: 32,
+        files: false,
+        sm_count: 4,
+        ..Request::new("cut", &config, DeviceKind::Cuda, 1)
+    };
+    let resident = Plan::new(&config, &request).unwrap();
+    let budget = resident.ranks[0].tiers.device - (40 << 20);
+    let small = Request {
+        gpu_memory: Some(budget),
+        ..request
+    };
+    let offloaded = Plan::new(&config, &small).unwrap();
+    let rank = &offloaded.ranks[0];
+    assert!(!offloaded.fits() && rank.tiers.device <= budget);
+    // The stand-in has neither a runtime of its own nor cublasLt's workspace.
+    let device = rank.tiers.device - rank.bytes.runtime - WORKSPACE as u64;
+    let want = planned(&config, &resident, 8 << 30).unwrap();
+    let got = planned(&config, &offloaded, device).unwrap();
+    // As far as two bf16 runs of a few layers that round in different places are from each other.
+    let (worst, _) = distance(&got, &want, config.vocab_size);
+    assert!(worst < WORST_ROW, "{worst:.4}");
+    let e = planned(&config, &offloaded, device - (64 << 20)).unwrap_err();
+    assert!(e.to_string().contains("bytes are free"), "{e}");
 }
