@@ -53,6 +53,8 @@ pub struct GpuBackend {
     _weights: DeviceBuffer,
     /// Weights that are not on the device.
     pub(super) offload: Option<Offload>,
+    /// Whether any rank has such weights: all ranks step alike, or their sums would not meet.
+    pub(super) steps_offload: bool,
     pub(super) product: DevicePtr,
     pub(super) wanted: DevicePtr,
     pub(super) logits_local: DevicePtr,
@@ -155,6 +157,7 @@ impl GpuBackend {
                 vec![0.0; n_logits]
             },
             _weights: weights,
+            steps_offload: offload.is_some(),
             offload,
             driver,
             gemm,
@@ -201,10 +204,10 @@ impl GpuBackend {
             max_logit_rows,
             ..
         } = self.limits;
-        match self.offload {
-            Some(_) => 0,
-            None => max_step_tokens.min(max_logit_rows).min(MAX_SEQS),
+        if self.steps_offload {
+            return 0;
         }
+        max_step_tokens.min(max_logit_rows).min(MAX_SEQS)
     }
 
     /// How many decode graphs have been recorded.

@@ -199,6 +199,8 @@ impl Parts {
 pub struct Host {
     /// Which rows of every matrix lie where.
     pub placement: Placement,
+    /// Whether any rank of the run has rows that are not on its GPU.
+    pub on_any_rank: bool,
     /// What multiplies rows in host memory; `None` streams all of them.
     pub cores: Option<Cores>,
     /// The cores' part of what is in host memory; `None` measures it.
@@ -270,7 +272,9 @@ pub fn load_rank(
     });
     let (offload, host_rates) = offload.transpose()?.unzip();
     let host_rates = host_rates.flatten();
-    let (backend, activations) = GpuBackend::new(config, geometry, limits, parts, memory, offload)?;
+    let (mut backend, activations) =
+        GpuBackend::new(config, geometry, limits, parts, memory, offload)?;
+    backend.steps_offload |= host.on_any_rank;
     Ok(LoadedRank {
         backend,
         model,

@@ -29,7 +29,7 @@ impl LoadedRank {
         let limits = self.backend.limits;
         let context = limits.n_kv_blocks * KV_BLOCK;
         let longest = limits.max_step_tokens.min(context);
-        if self.backend.offload.is_some() {
+        if self.backend.steps_offload {
             // A step passes over the link whatever it does not hold, and wants all layers in their order: one long step,
             // and two short ones of which the second is recorded.
             self.run(&sequence(0, longest, 1))?;

@@ -210,6 +210,7 @@ fn prepare<W>(
             let threads = pool_share(group).len();
             let host = gpu::Host {
                 placement: plan.ranks[group.rank()].placement,
+                on_any_rank: !plan.fits(),
                 cores: (args.host_share != Some(0.0)).then(|| host_cores(group)),
                 share: args.host_share,
                 files: model.checkpoint.clone(),

@@ -196,7 +196,7 @@ impl Offload {
     /// # Errors
     /// Those of the driver.
     pub fn balance(&mut self) -> Result<Option<(f64, f64)>> {
-        let Some(share) = &self.share else {
+        let Some(share) = self.share.as_ref().filter(|_| self.is_shareable()) else {
             return Ok(None);
         };
         let all = share.threads();
@@ -221,6 +221,10 @@ impl Offload {
         );
         self.set_share(part)?;
         Ok(Some((link, cores)))
+    }
+
+    fn is_shareable(&self) -> bool {
+        self.parts.iter().any(|p| p.pinned > 0)
     }
 
     /// Bytes of the weights in host memory and in the files.

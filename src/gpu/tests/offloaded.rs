@@ -84,6 +84,7 @@ fn run(name: &str, tp_size: usize, case: Case, options: &Options) -> Vec<Result<
                 let parts = Parts::standin(&standin, peers, config.hidden_size)?;
                 let host = Host {
                     placement: placement(&config, &shard, case.resident, case.pinned),
+                    on_any_rank: true,
                     cores: case.share.map(|_| Cores {
                         cpus: vec![0, 0],
                         exclusive: false,
@@ -307,7 +308,7 @@ fn planned(config: &ModelConfig, plan: &Plan, total_memory: u64) -> Result<Vec<f
             exclusive: false,
         }),
         share: Some(0.5),
-        files: None,
+        ..Host::default()
     };
     let limits = Limits {
         max_step_tokens: plan.max_step_tokens,
@@ -365,4 +366,72 @@ fn a_planned_budget_holds() {
     assert!(worst < WORST_ROW, "{worst:.4}");
     let e = planned(&config, &offloaded, device - (64 << 20)).unwrap_err();
     assert!(e.to_string().contains("bytes are free"), "{e}");
+}
+
+/// One step of three sequences, each of 30 tokens of one prompt and then of one more.
+fn three_at_once(rank: &mut Rank, ids: &[u32]) -> Result<Vec<f32>> {
+    let mut logits = Vec::new();
+    for (from, to) in [(0, 30), (30, 31), (31, 32), (32, 33)] {
+        let mut batch = Batch::default();
+        for i in 0..3 {
+            let start = batch.tokens.len();
+            batch.tokens.extend(&ids[from..to]);
+            batch.positions.extend(from as u32..to as u32);
+            let blocks = (0..to.div_ceil(KV_BLOCK) as u32).map(|b| 3 * b + i);
+            batch.seqs.push(BatchSeq {
+                start,
+                len: to - from,
+                context_len: to,
+                blocks: blocks.collect(),
+            });
+            batch.logit_rows.push(batch.tokens.len() as u32 - 1);
+        }
+        logits.extend(rank.step(&batch)?);
+    }
+    Ok(logits)
+}
+
+/// Uneven slices may fit one GPU and not the other: the ranks' sums must meet all the same, also in the warm-up. The cut
+/// between link and cores is measured here.
+#[test]
+fn a_rank_that_offloads_steps_with_one_that_does_not() {
+    let dir = &models().join("qwen2-9heads");
+    let golden = &Golden::open(dir);
+    let outcomes: Vec<Vec<f32>> = std::thread::scope(|scope| {
+        let run = |comm: ThreadRanks| {
+            scope.spawn(move || {
+                let rank = comm.rank;
+                let config = ModelConfig::from_dir(dir).unwrap();
+                let shard = Shard::new(&config, 2, rank);
+                let options = Options {
+                    ordinal: rank as u32,
+                    ..Options::default()
+                };
+                let standin = Arc::new(Standin::new(options));
+                let parts = Parts::standin(&standin, Some(Box::new(comm)), config.hidden_size);
+                let cut = placement(&config, &shard, 8, 8);
+                let host = Host {
+                    placement: if rank == 1 { cut } else { Placement::default() },
+                    on_any_rank: true,
+                    cores: Some(Cores {
+                        cpus: vec![0, 0],
+                        exclusive: false,
+                    }),
+                    ..Host::default()
+                };
+                let mut rank = Rank::load_with(dir, 2, rank, parts.unwrap(), LIMITS, host).unwrap();
+                rank.0.warm_up(config.vocab_size - PADDING).unwrap();
+                three_at_once(&mut rank, &golden.ids("short.ids")).unwrap()
+            })
+        };
+        let threads: Vec<_> = ThreadRanks::all(2).into_iter().map(run).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert_eq!(outcomes[0], outcomes[1]);
+    let all = golden.floats("short.logits");
+    let vocab = all.len() / golden.ids("short.ids").len();
+    for (row, got) in outcomes[0].chunks(vocab).enumerate() {
+        let (worst, _) = distance(got, &all[(29 + row / 3) * vocab..][..vocab], vocab);
+        assert!(worst < WORST_ROW, "row {row}: {worst:.4}");
+    }
 }
