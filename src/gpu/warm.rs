@@ -12,6 +12,8 @@ const SMALLEST: usize = 16;
 /// Layers of all recorded steps together: each runs once, which takes a fifth of a millisecond or so, and all of them half a
 /// second. A count, because the ranks have to stop at the same step.
 const RECORDED_LAYERS: usize = 2500;
+/// Attention of one sequence is cut no further anywhere: by the multiprocessors of a GPU whose rank has one KV head.
+const MOST_SPLITS: usize = 132;
 /// Layers that show every shape of product there is: behind the last one's attention only the wanted rows are left.
 const LAYERS: usize = 2;
 
@@ -65,7 +67,7 @@ impl LoadedRank {
             if n_seqs > n_blocks {
                 break;
             }
-            let contexts = self.contexts(n, (n_blocks - recorded) * KV_BLOCK);
+            let contexts = contexts(n, (n_blocks - recorded) * KV_BLOCK);
             n_layers += (contexts.len() + 1) * self.model.layers.len();
             if n > 1 && n_layers > RECORDED_LAYERS {
                 break;
@@ -77,14 +79,6 @@ impl LoadedRank {
             recorded = n;
         }
         Ok(recorded)
-    }
-
-    /// Lengths of the longest of `n` sequences, up to `most`, that differ in how attention is cut.
-    fn contexts(&self, n: usize, most: usize) -> Vec<usize> {
-        let max_splits = self.backend.max_splits();
-        let mut contexts: Vec<usize> = doubling(64, most).collect();
-        contexts.dedup_by_key(|c| splits(*c, n, max_splits));
-        contexts
     }
 
     /// A prompt of `n` tokens, with as many rows of logits as a step may have.
@@ -103,6 +97,14 @@ impl LoadedRank {
         // The step after it overwrites what it reads.
         self.backend.synchronize()
     }
+}
+
+/// Lengths of the longest of `n` sequences, up to `most`, that differ in how attention is cut on some rank: ranks with fewer
+/// KV heads cut further, and all have to take the same steps.
+fn contexts(n: usize, most: usize) -> Vec<usize> {
+    let mut contexts: Vec<usize> = doubling(64, most).collect();
+    contexts.dedup_by_key(|c| splits(*c, n, MOST_SPLITS));
+    contexts
 }
 
 /// `from`, its doubles below `to`, and `to`; only `to` where it is smaller.
