@@ -6,7 +6,7 @@
 mod probe;
 mod site;
 
-use crate::cli::{ModelArgs, Weights};
+use crate::cli::{ModelArgs, RankArgs, Weights};
 use crate::comm::HostCollective;
 use crate::config::{ModelConfig, named_shape};
 use crate::cpu::{self, CpuBackend, HostWeight, Pool};
@@ -78,13 +78,7 @@ pub fn run<W>(
     lead: impl FnOnce(&mut Engine<'_>, W, Report) -> Result<()>,
 ) -> Result<()> {
     let start = Instant::now();
-    let world = World::start(&WorldFlags {
-        ranks: args.ranks,
-        rank: args.rank.rank,
-        world_size: args.rank.world_size,
-        rendezvous: args.rank.rendezvous.clone(),
-    })?;
-    logging::set_rank(world.rank, world.size);
+    let world = start_world(args.ranks, &args.rank)?;
     let found = find(args, &world).and_then(|model| {
         let work = if world.rank == 0 {
             Some(read(&args.model, &model.config)?)
@@ -115,6 +109,18 @@ pub fn run<W>(
         Ok(()) => group.finish(),
         Err(e) => Err(group.fail(e)),
     }
+}
+
+/// Who this process is among the ranks; its log lines say so from here on.
+fn start_world(ranks: Option<usize>, flags: &RankArgs) -> Result<World> {
+    let world = World::start(&WorldFlags {
+        ranks,
+        rank: flags.rank,
+        world_size: flags.world_size,
+        rendezvous: flags.rendezvous.clone(),
+    })?;
+    logging::set_rank(world.rank, world.size);
+    Ok(world)
 }
 
 fn find(args: &ModelArgs, world: &World) -> Result<Model> {

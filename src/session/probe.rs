@@ -10,8 +10,7 @@ use crate::comm::HostCollective;
 use crate::cpu::{Pool, ReadBuffer, STREAMS, measure_fma_rate};
 use crate::gpu::probe::{Probe, Sizes};
 use crate::gpu::{Parts, cuda::Cuda};
-use crate::logging;
-use crate::world::{Group, Hello, MeetOptions, World, WorldFlags};
+use crate::world::{Group, Hello, MeetOptions};
 use std::time::{Duration, Instant};
 
 /// Host memory that the ranks of a machine read together, in bytes: several times any last-level cache.
@@ -26,13 +25,7 @@ const SUM_S: f64 = 0.05;
 /// # Errors
 /// The first failure of any rank, on every rank.
 pub fn probe(args: &ProbeArgs) -> Result<Option<Ceilings>> {
-    let world = World::start(&WorldFlags {
-        ranks: args.ranks,
-        rank: args.rank.rank,
-        world_size: args.rank.world_size,
-        rendezvous: args.rank.rendezvous.clone(),
-    })?;
-    logging::set_rank(world.rank, world.size);
+    let world = super::start_world(args.ranks, &args.rank)?;
     let site = Site::choose(args.device, &world);
     let hello = Hello::new(world.rank);
     let hello = match &site {
