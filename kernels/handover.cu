@@ -16,7 +16,7 @@
 //
 // Numerics: exact, then one rounding to bf16.
 //
-// Measured as a part of whole steps alone: the 7B shape in 5 GiB of one H100, 9.9 GB offloaded, 113 hand-overs a token (2026-11-25): 78 to 84 ms
+// Measured as a part of whole steps alone: the 7B shape in 5 GiB of one H100, 9.9 GB offloaded, 113 hand-overs a token (2026-11-25): 78 to 87 ms
 // a token where link and cores had shown 104 to 142 GB/s together at the start, so what all hand-overs cost is less than those rates vary.
 #include "common.cuh"
 
