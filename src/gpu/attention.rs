@@ -120,7 +120,7 @@ impl GpuBackend {
         let to = Target {
             y: qkv,
             ld: self.g.qkv_width(),
-            form: Form::Bf16,
+            form: Form::F32,
         };
         self.product(h.ptr, &layer.qkv, t, to)?;
         self.launch(self.kernels.qkv_rope, &launch, &args)

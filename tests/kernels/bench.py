@@ -216,7 +216,7 @@ def small(d):
             print(f"  add_rms_norm {tokens} × {hidden}: {us:.2f} µs, {tokens * hidden * 12 / us * 1e-6:.2f} TB/s")
     for tokens in (1, 8, 4096):
         n_heads, n_kv, dh = 28, 4, 128
-        x, q = normal(tokens, 36 * dh), normal(tokens, n_heads * dh)
+        x, q = normal(tokens, 36 * dh, dtype=F32), normal(tokens, n_heads * dh)
         caches = [normal(300, n_kv, 16, dh) for _ in range(2)]
         ids = torch.arange(tokens, dtype=torch.int32, device=GPU)
         freq = torch.rand(dh // 2, device=GPU)

@@ -260,7 +260,7 @@ def qkv(d, i, tokens=None, heads=None):
     tokens, (n_heads, n_kv, d_head) = tokens or i.random.randint(1, 9), heads or i.random.choice([(9, 3, 64), (7, 1, 128), (4, 2, 80), (2, 2, 20), (3, 1, 256)])
     has_bias, has_norm, eps, scale = i.random.random() < 0.5, i.random.random() < 0.5, 1e-6, i.random.choice([1.0, 1.2])
     n_all = n_heads + 2 * n_kv
-    x = i.normal(tokens, n_all * d_head)
+    x = i.normal(tokens, n_all * d_head, dtype=F32)
     bias = i.normal(n_all * d_head) if has_bias else None
     norms = [i.normal(d_head) if has_norm else None for _ in range(2)]
     blocks, slots, positions, inv_freq = rope_inputs(i, tokens, n_kv, d_head, 131072)

@@ -13,6 +13,17 @@ use std::time::Instant;
 /// Logits of at most this many rows of a step are compared.
 const ROWS: usize = 16;
 
+/// How far all rows may be from the CPU ranks' (which are within 3e-6 of float32): no further than transformers' own bf16
+/// run of the same weights is from its float32 run. That is 0.0070 to 0.0078 of models with one layer and 0.0102 to
+/// 0.0165 with four (transformers 5.17 on a CPU; the shapes below 7B, 1 to 700 tokens), growing with the width.
+const ONE_LAYER: f64 = 0.0075;
+const FOUR_LAYERS: f64 = 0.018;
+
+/// A single row may be somewhat further off than all together.
+fn is_within((worst, all): (f64, f64), limit: f64) -> bool {
+    worst < 1.5 * limit && all < limit
+}
+
 /// Tokens `from..to` of a made-up sequence whose blocks lie backwards in a cache of `n_blocks`.
 pub(super) fn piece(config: &ModelConfig, from: usize, to: usize, n_blocks: usize) -> Batch {
     let id = |p: u32| p.wrapping_mul(2_654_435_761) % config.vocab_size as u32;
@@ -86,13 +97,14 @@ pub(super) fn cut(shape: &str, n_layers: usize, vocab_size: usize) -> ModelConfi
 
 #[test]
 fn published_heads_and_widths_agree_with_the_cpu_ranks() {
-    for (shape, prompt) in [("qwen2.5-0.5b", 70), ("qwen3-0.6b", 20)] {
+    // At 200 tokens attention's average over values is so small that any error common to all of them would show.
+    for (shape, prompt) in [("smollm2-135m", 200), ("qwen2.5-0.5b", 70), ("qwen3-0.6b", 20)] {
         let config = cut(shape, 1, 512);
         let parts = Parts::standin(&Arc::new(Standin::new(Options::default())), None, 0).unwrap();
         let (worst, all) = against_cpu(&config, parts, prompt, 3);
         println!("{shape}: worst row {worst:.4}, all rows {all:.4}");
         assert!(
-            worst < WORST_ROW && all < ALL_ROWS,
+            is_within((worst, all), ONE_LAYER),
             "{shape}: {worst:.4} {all:.4}"
         );
     }
@@ -110,7 +122,7 @@ fn gpu_agrees_with_the_cpu_ranks() {
             let line =
                 format!("{shape} {prompt} + {decoded}: worst row {worst:.4}, all rows {all:.4}");
             println!("{line}");
-            if !(worst < WORST_ROW && all < ALL_ROWS) {
+            if !is_within((worst, all), FOUR_LAYERS) {
                 failed.push(line);
             }
         }
