@@ -3,11 +3,13 @@
     python3 gpu_device.py hold ORDINAL LEAVE_MIB        fills the GPU but for LEAVE_MIB, prints "held", waits for SIGTERM
     python3 gpu_device.py context                       MiB that an idle CUDA context takes
     python3 gpu_device.py peak N_GPUS -- COMMAND …      runs it; prints JSON: each GPU's bytes in use before, and at most
-                                                        meanwhile (sampled 20 times a second), and the command's stdout
+                                                        meanwhile (sampled 20 times a second), the most host memory that
+                                                        it and its children held, and the command's stdout
 """
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -75,24 +77,40 @@ def context():
     print((nvml.used(0) - before) // MIB)
 
 
+def resident(pid):
+    """Bytes of host memory that a process and its children hold; a child that is just ending counts for nothing."""
+    try:
+        with open(f"/proc/{pid}/statm") as statm:
+            total = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        children = []
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as listed:
+                children += listed.read().split()
+    except OSError:
+        return 0
+    return total + sum(resident(child) for child in children)
+
+
 def peak(n_gpus, command):
     nvml = Nvml()
     before = [nvml.used(i) for i in range(n_gpus)]
-    most, done = list(before), threading.Event()
+    most, host, done = list(before), [0], threading.Event()
 
     def sample():
         while not done.wait(0.05):
             for i in range(n_gpus):
                 most[i] = max(most[i], nvml.used(i))
+            host[0] = max(host[0], resident(run.pid))
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    finally:
-        done.set()
-        sampler.join()
-    print(json.dumps(dict(before=before, most=most, rc=run.returncode, stdout=run.stdout)))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            stdout, _ = run.communicate()
+        finally:
+            done.set()
+            sampler.join()
+    print(json.dumps(dict(before=before, most=most, host=host[0], rc=run.returncode, stdout=stdout)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 #
 #   tests/gpu_faults.sh TANDEM [OUT_DIR]      (on a machine with two GPUs, from anywhere; root, for the missing NCCL)
 #
-# Needs python3. Takes about two minutes; a table comes last. TANDEM_FAULTS names some parts alone (kill memory ordinal
-# nccl same peak).
+# Needs python3. Takes about three minutes; a table comes last. TANDEM_FAULTS names some parts alone (kill memory ordinal
+# nccl same peak budget cgroup). TANDEM_7B names a checkpoint of the 7B model, for reading it under a control group's limit.
 # shellcheck disable=SC2317 # the parts are called by name
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -236,7 +236,65 @@ PYTHON
     row yes context "$(cat "$out/context.log")"
 }
 
-for part in ${TANDEM_FAULTS:-kill memory ordinal nccl same peak}; do
+# budget NAME RANKS BUDGET MODEL SECONDS: the most memory of each kind that a run takes under a budget, beside its bounds, and
+# the time a token beside what `plan` predicts with the rates that the run itself measured.
+budget() {
+    local name=budget-$1 n=$2 size=$3 model=$4 line
+    timeout --kill-after=5 "$5" python3 tests/gpu_device.py peak "$n" -- "$tandem" generate --device cuda --model "$model" --weights random \
+        --temperature 0 --ignore-eos --json --ranks "$n" --gpu-memory "$size" --prompt-tokens 4000 --max-tokens 25 \
+        >"$out/$name.json" 2>"$out/$name.err" </dev/null
+    while read -r line; do
+        row "$([[ $line == ok* ]] && echo yes)" "$name" "${line#* }"
+    done < <(python3 - "$out/$name.json" "$size" 2>&1 <<'PYTHON'
+import json, sys
+
+peak, budget = json.load(open(sys.argv[1])), int(sys.argv[2].removesuffix("GiB")) * 2**30
+ran = json.loads(peak["stdout"])
+for rank, (before, most) in enumerate(zip(peak["before"], peak["most"])):
+    used = most - before
+    print("ok" if used <= budget else "no", f"rank {rank}: {used / 2**30:.3f} GiB used of {budget / 2**30:.0f} ({used / budget:.3f})")
+pinned = sum(rank["tiers"]["weights_pinned"] for rank in ran["ranks"])
+bound = pinned + 2**30 * len(ran["ranks"])
+print("ok" if peak["host"] <= bound else "no",
+      f"host: {peak['host'] / 2**30:.2f} GiB held, {pinned / 2**30:.2f} of them offloaded weights")
+t = ran["timings"]
+print("ok", f"load {t['load_s']:.1f} s, first token {t['ttft_s'] * 1e3:.0f} ms, {t['tpot_s'] * 1e3:.1f} ms a token, "
+      f"predicted {ran['predicted']}")
+PYTHON
+    )
+}
+
+part_budget() {
+    budget 7B 1 5GiB qwen2.5-7b 60
+    [[ $n_gpus -lt 2 ]] || budget 7B-on-2 2 5GiB qwen2.5-7b 60
+    [[ $n_gpus -lt 2 ]] || budget 32B-on-2 2 9GiB qwen2.5-32b 90
+}
+
+# With less memory in its control group than the offloaded weights take: refused with the numbers, or read from files each
+# step; never killed.
+part_cgroup() {
+    local group=/sys/fs/cgroup/tandem-test-$$ limit_mib=6144 start status=0
+    [[ -e /sys/fs/cgroup/cgroup.controllers ]] || group=/sys/fs/cgroup/memory/tandem-test-$$
+    if ! mkdir "$group" 2>"$out/cgroup.err"; then
+        row "" cgroup "no control group could be made: $(cat "$out/cgroup.err")"
+        return
+    fi
+    echo $((limit_mib << 20)) 2>/dev/null >"$group/memory.max" || echo $((limit_mib << 20)) >"$group/memory.limit_in_bytes"
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    local within=(bash -c 'echo $$ >"$0/cgroup.procs" && exec "$@"' "$group")
+    fault cgroup-refused '[Mm]emory|MiB|GiB' "${within[@]}" "$tandem" generate --device cuda --model qwen2.5-7b --weights random \
+        --gpu-memory 5GiB --prompt-tokens 64 --max-tokens 4 --json
+    if [[ -d ${TANDEM_7B:-} ]]; then
+        start=$EPOCHREALTIME
+        timeout --kill-after=5 200 "${within[@]}" "$tandem" generate --device cuda --model "$TANDEM_7B" --gpu-memory 5GiB --prompts - \
+            --max-tokens 4 <<<'{"prompt_token_ids": [1, 2, 3]}' >"$out/cgroup-file.out" 2>"$out/cgroup-file.err" || status=$?
+        row "$([[ $status -eq 0 ]] && echo yes)" cgroup-file-tier "$(printf '%4.1f s  exit status %s' "$(seconds_since "$start")" "$status"): $(
+            grep -E '^(load|tandem:)' "$out/cgroup-file.err" | tail -1)"
+    fi
+    rmdir "$group"
+}
+
+for part in ${TANDEM_FAULTS:-kill memory ordinal nccl same peak budget cgroup}; do
     if [[ $device == cuda || $part == kill || $part == same ]]; then
         "part_$part"
     fi

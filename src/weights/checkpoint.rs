@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io::ErrorKind;
 use std::io::Read;
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -75,6 +76,13 @@ impl Stamp {
 }
 
 impl Shard {
+    /// Says that bytes `at..at + len` are about to be read, in whatever pieces.
+    pub fn will_need(&self, at: u64, len: usize) {
+        let len = NonZeroU64::new(len as u64);
+        // Where the hint means nothing, the reads are as they were.
+        _ = rustix::fs::fadvise(&self.file, at, len, rustix::fs::Advice::WillNeed);
+    }
+
     /// An error when the file is no longer the one whose header was read.
     pub fn check_unchanged(&self) -> Result<()> {
         let now = self

@@ -1,8 +1,8 @@
 //! From the files straight to the final place, in parallel.
 //!
-//! Whole rows of the right type are read where they will stay. A column cut is one range a row, far too small for a read
-//! each: whole rows go through a thread's bounce buffer and the wanted columns are copied out; so do elements that
-//! have to be widened.
+//! Whole rows of the right type are read where they will stay. A column cut is one range a row: of long rows each is read
+//! where it will stay, too. Where that would be many small reads, whole rows go through a thread's bounce buffer and the
+//! wanted columns are copied out; so do elements that have to be widened.
 
 use super::checkpoint::{Checkpoint, Shard};
 use super::pieces::{self, PIECE, Piece};
@@ -15,6 +15,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
+
+/// A column cut whose rows are this long, in bytes, is read row by row. From page cache, two threads placed 11 GB/s of rows
+/// of 18 KiB this way and 8.5 GB/s of 9 KiB, against 5 GB/s through the bounce buffer; at 3.5 KiB both gave 5 GB/s.
+const LONG_ROW: usize = 4 << 10;
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy)]
@@ -234,10 +238,21 @@ impl Tensor<'_> {
             return Ok(piece.dst.len() as u64);
         }
         let span = ((rows - 1) * all_cols + width) * stored.size();
+        let row_bytes = width * self.dtype.size();
+        if stored == self.dtype && row_bytes >= LONG_ROW {
+            // The ranks of a node need what lies between: a file that is not in memory yet had better be read as a whole.
+            shard.will_need(at, span);
+            for (at, row) in (at..)
+                .step_by(all_cols * stored.size())
+                .zip(piece.dst.chunks_exact_mut(row_bytes))
+            {
+                self.read(shard, row, at)?;
+            }
+            return Ok(piece.dst.len() as u64);
+        }
         bounce.resize(bounce.len().max(span), 0);
         self.read(shard, &mut bounce[..span], at)?;
         let all_rows = bounce[..span].chunks(all_cols * stored.size());
-        let row_bytes = width * self.dtype.size();
         for (src, dst) in all_rows.zip(piece.dst.chunks_exact_mut(row_bytes)) {
             widen(&src[..width * stored.size()], stored, dst, self.dtype);
         }
