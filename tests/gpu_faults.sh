@@ -268,6 +268,8 @@ part_budget() {
     budget 7B 1 5GiB qwen2.5-7b 60
     [[ $n_gpus -lt 2 ]] || budget 7B-on-2 2 5GiB qwen2.5-7b 60
     [[ $n_gpus -lt 2 ]] || budget 32B-on-2 2 9GiB qwen2.5-32b 90
+    # 72B and some room; gigabytes rather than GiB do for the comparison.
+    [[ $(awk '/MemAvailable/ { print int($2 / 1e6) }' /proc/meminfo) -lt 140 ]] || budget 72B 1 36GiB qwen2.5-72b 150
 }
 
 # With less memory in its control group than the offloaded weights take: refused with the numbers, or read from files each
