@@ -260,18 +260,21 @@ pub fn load_rank(
     )?;
     let (memory, weights, stats) = (loaded.memory, loaded.weights, loaded.stats);
     let model = Qwen::assemble(config, |name| load::take(&weights, name))?;
-    let parts = parts.wait()?;
+    let mut parts = parts.wait()?;
     let offload = loaded.host.map(|(locked, elsewhere)| {
         let (driver, stream) = (&parts.driver, parts.stream);
-        let mut offload = Offload::new(driver, stream, locked, elsewhere, host.cores, host.files)?;
-        let rates = match host.share {
-            Some(share) => offload.set_share(share).map(|()| None)?,
-            None => offload.balance()?,
-        };
-        Ok((offload, rates))
+        Offload::new(driver, stream, locked, elsewhere, host.cores, host.files)
     });
-    let (offload, host_rates) = offload.transpose()?.unzip();
-    let host_rates = host_rates.flatten();
+    let mut offload = offload.transpose()?;
+    if host.on_any_rank {
+        // The ranks of a node share its memory: a rank that measured alone would find what it will never have.
+        parts.comm.meet()?;
+    }
+    let host_rates = match (&mut offload, host.share) {
+        (None, _) => None,
+        (Some(offload), Some(share)) => offload.set_share(share).map(|()| None)?,
+        (Some(offload), None) => offload.balance()?,
+    };
     let (mut backend, activations) =
         GpuBackend::new(config, geometry, limits, parts, memory, offload)?;
     backend.steps_offload |= host.on_any_rank;
