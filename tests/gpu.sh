@@ -105,7 +105,7 @@ compared() {
 }
 numerics() { compared numerics ${smollm2:+--smollm2 "$smollm2"}; }
 # From next to nothing resident to next to everything, on one rank.
-offloaded() { compared offloaded --shapes qwen2.5-7b,qwen3-8b --prompts 17,5000 --decode 24 --gpu-memory 1500MiB,2500MiB,4500MiB; }
+offloaded() { compared offloaded --shapes qwen2.5-7b,qwen3-8b --prompts 17,5000 --decode 24 --gpu-memory 1700MiB,2500MiB,4500MiB; }
 
 slurm() {
     [[ -n $smollm2 ]] || fail "slurm needs --smollm2 DIR"

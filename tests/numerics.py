@@ -10,6 +10,7 @@ a run is ‖logits − float32's‖ / ‖float32's‖ over all its rows; tandem'
 bf16. A second run, which leaves no logits and so chooses on the device, must give the same tokens.
 
 With --gpu-memory every run is made under each of these budgets instead: what does not fit is offloaded, and the bar stays.
+Only the second run's tokens may differ then: each run cuts between link and cores as it measures them.
 
 With --smollm2, the golden prompts too: every token is the most likely one in float32, given the tokens before it, except
 where the two logits are no further apart than one step of bf16; those places are listed.
@@ -192,7 +193,7 @@ def compare(device, model, runs):
 
 
 def passes(run):
-    return run["error"] is None and run["identical"] and run["ratio"] <= BAR
+    return run["error"] is None and (run["identical"] or run["gpu_memory"] is not None) and run["ratio"] <= BAR
 
 
 def check_shape(args, shape, until):

@@ -108,10 +108,11 @@ SchedulerParameters=sched_interval=1
 NodeName=$host NodeAddr=127.0.0.1 CPUs=${TANDEM_SLURM_CPUS:-$((cores > 8 ? cores : 8))} State=UNKNOWN
 PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 CONF
-    # Slurm 23 looks for cgroups even when no plugin asks for them, and containers have none to give.
-    if [[ $(slurmd -V | grep -o '[0-9]*' | head -1) -ge 23 ]]; then
-        echo "CgroupPlugin=disabled" >"$dir/cgroup.conf"
-    fi
+    # Slurm looks for control groups even when no plugin asks for them, and containers have none to give: 22.05 wants systemd
+    # where it finds version 2 of them, and takes version 1 on trust.
+    local plugin=cgroup/v1
+    [[ $(slurmd -V | grep -o '[0-9]*' | head -1) -lt 23 ]] || plugin=disabled
+    echo "CgroupPlugin=$plugin" >"$dir/cgroup.conf"
 }
 
 # Whether the daemon whose id stands in DIR/$1.pid is alive and is that program. (One that has ended

@@ -14,6 +14,8 @@ use half::{bf16, f16};
 /// Most weight rows in a chunk, and most bytes.
 const CHUNK_ROWS: usize = 128;
 const CHUNK_BYTES: usize = 256 << 10;
+/// Bytes of the last chunks that are handed out: a few microseconds of a core's time.
+const LAST_CHUNK_BYTES: usize = 32 << 10;
 
 /// Runs the product over the first `n` rows of `w` (and, for SwiGLU, the `n` after them).
 pub(super) fn gemv(
@@ -52,19 +54,35 @@ pub(super) fn shared_out(
 ) {
     let (isa, n) = (pool.isa(), w.rows);
     let row_bytes = (w.cols * w.dtype.size()).max(1);
-    let rows = (CHUNK_BYTES / row_bytes).clamp(4, CHUNK_ROWS);
+    let rows = |bytes: usize| (bytes / row_bytes).clamp(1, CHUNK_ROWS);
+    let starts = guided(n, threads, rows(CHUNK_BYTES), rows(LAST_CHUNK_BYTES));
     let y = Shards::new(y);
-    pool.for_each_chunk_on(threads, n.div_ceil(rows), |_, chunk| {
+    pool.for_each_chunk_on(threads, starts.len() - 1, |_, chunk| {
         isa.dispatch(Rows {
             x,
             m,
             w,
             n,
             epilogue: Epilogue::Bias(None),
-            range: chunk * rows..((chunk + 1) * rows).min(n),
+            range: starts[chunk]..starts[chunk + 1],
             y: &y,
         });
     });
+}
+
+/// Where the chunks of `n` rows begin, and `n`: each is a share of what is left, between `least` and `most`, so that a thread
+/// goes through much at a time and yet all end together (guided self-scheduling: Polychronopoulos and Kuck, "Guided
+/// self-scheduling", IEEE Trans. Comput. 1987).
+fn guided(n: usize, threads: usize, most: usize, least: usize) -> Vec<usize> {
+    let mut starts = vec![0];
+    let mut at = 0;
+    while at < n {
+        let share = (n - at) / (2 * threads.max(1));
+        // Four rows are multiplied at a time.
+        at += (share / 4 * 4).min(most).max(least).min(n - at);
+        starts.push(at);
+    }
+    starts
 }
 
 /// One thread's output features, `range` of `n`.
@@ -224,4 +242,26 @@ unsafe fn dot_rows<S: Simd, T: Element, const R: usize, const M: usize>(
         }
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn chunks_cover_every_row_once_and_shrink_to_the_end(
+            n in 0usize..5000, threads in 0usize..70, most in 1usize..200, less in 0usize..200,
+        ) {
+            let least = most.saturating_sub(less).max(1);
+            let starts = guided(n, threads, most, least);
+            prop_assert_eq!((starts[0], *starts.last().unwrap()), (0, n));
+            let sizes: Vec<usize> = starts.windows(2).map(|w| w[1] - w[0]).collect();
+            prop_assert!(sizes.iter().all(|&s| 0 < s && s <= most));
+            prop_assert!(sizes.is_sorted_by(|a, b| a >= b));
+            let (_, before_last) = sizes.split_last().unwrap_or((&0, &[]));
+            prop_assert!(before_last.iter().all(|&s| s >= least));
+        }
+    }
 }

@@ -50,7 +50,10 @@ impl StepBuffers {
                 },
             ),
             // The q/k/v product and the gate and up products are never needed at the same time.
-            ("product", t * (g.qkv_width() * f32).max(2 * g.padded_inter * bf16)),
+            (
+                "product",
+                t * (g.qkv_width() * f32).max(2 * g.padded_inter * bf16),
+            ),
             ("wanted", s * g.q_width().max(2 * g.hidden) * bf16),
             ("part", parts * g.padded_head_dim * f32),
             ("part_ml", parts * 2 * f32),

@@ -1,9 +1,9 @@
 //! Weights into place: file → pinned memory → device, many threads at a time; or file → host memory, which is locked
 //! afterwards, for what the plan leaves there.
 
-use super::driver::{DevicePtr, Driver, Pinned, Stream};
+use super::driver::{DevicePtr, Driver, Stream};
 use super::geometry::{Geometry, Layout};
-use super::memory::{DeviceBuffer, LockedMemory, OwnedEvent, PinnedBuffer};
+use super::memory::{DeviceBuffer, LockedMemory, LockedPiece, OwnedEvent};
 use super::offload::HostPart;
 use super::regions::{self, Piece, Region, is_gated};
 use crate::plan::Placement;
@@ -182,7 +182,8 @@ struct Batch {
 
 impl Loader<'_> {
     /// Every thread reads into two small slots of its own, one while the other is copied: no thread waits for another, and
-    /// what was just read is still in the cache when it is copied.
+    /// what was just read is still in the cache when it is copied. All slots are locked at once and lie in huge pages:
+    /// where every thread asked the driver for its own, two ranks placed 29 GB/s each instead of 45.
     fn onto_device(
         &mut self,
         driver: &Arc<dyn Driver>,
@@ -192,18 +193,22 @@ impl Loader<'_> {
     ) -> Result<()> {
         let wanted = STAGING / (2 * self.threads.max(1));
         let batches = batches(regions, wanted.min(MAX_SLOT), ALIGN);
+        if batches.is_empty() {
+            return Ok(());
+        }
         let (source, progress) = (self.source, self.progress);
         let largest = batches
             .iter()
             .map(|b| b.rows.len() * regions[b.region].row_bytes());
-        let slot_bytes = largest.max().unwrap_or(0);
+        let slot_bytes = largest.max().unwrap_or(0).next_multiple_of(ALIGN);
+        let threads = self.threads.min(batches.len()).max(1);
+        let mut staging = LockedMemory::map(2 * threads * slot_bytes)?;
+        staging.lock(driver, "weights on their way")?;
+        let slots = Mutex::new(staging.split(slot_bytes));
         let next = AtomicUsize::new(0);
         let total = Mutex::new((0, 0));
         let work = || -> Result<()> {
-            let mut slots = [
-                Slot::new(driver, slot_bytes)?,
-                Slot::new(driver, slot_bytes)?,
-            ];
+            let mut slots = [Slot::take(driver, &slots)?, Slot::take(driver, &slots)?];
             let mut scratch = Vec::new();
             let mut done = (0, 0);
             for turn in (0..2).cycle() {
@@ -218,7 +223,7 @@ impl Loader<'_> {
                 let read = regions::read(source, &[piece], vec![place], &mut scratch, 1, progress)
                     // The others need not go on.
                     .inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?;
-                slot.memory.upload(0..bytes, memory, batch.at, stream)?;
+                slot.memory.upload(bytes, memory, batch.at, stream)?;
                 slot.copied.record(stream)?;
                 done = (done.0 + read.bytes_read, done.1 + read.bytes_placed);
             }
@@ -227,7 +232,6 @@ impl Loader<'_> {
             *total = (total.0 + done.0, total.1 + done.1);
             Ok(())
         };
-        let threads = self.threads.min(batches.len()).max(1);
         std::thread::scope(|scope| {
             // A thread that the system refuses is no reason to fail: this one works too.
             let start = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
@@ -279,7 +283,7 @@ impl Loader<'_> {
         self.read(&pieces, places, &mut scratch)?;
         // Locking comes last: by then all threads together have touched the pages, which one thread alone would take long for.
         let start = Instant::now();
-        memory.lock(driver)?;
+        memory.lock(driver, "offloaded weights")?;
         tracing::debug!("locked {bytes} bytes in {:.2?}", start.elapsed());
         Ok(memory)
     }
@@ -316,16 +320,29 @@ fn batches(regions: &[&Region], bytes: usize, align: usize) -> Vec<Batch> {
 
 /// Pinned memory of one thread, free again when its copy is done.
 struct Slot {
-    memory: PinnedBuffer,
+    memory: LockedPiece,
     copied: OwnedEvent,
 }
 
 impl Slot {
-    fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Slot> {
+    fn take(driver: &Arc<dyn Driver>, from: &Mutex<Vec<LockedPiece>>) -> Result<Slot> {
+        let mut from = from.lock().unwrap_or_else(PoisonError::into_inner);
+        let memory = from
+            .pop()
+            .ok_or_else(|| Error::failed("internal error: more threads than staging for them"))?;
         Ok(Slot {
-            memory: PinnedBuffer::new(driver, bytes, Pinned::Cached, "staging for the weights")?,
+            memory,
             copied: OwnedEvent::new(driver, false)?,
         })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // Also where the load has failed, the memory stays until nothing is copied from it any more.
+        if let Err(e) = self.copied.synchronize() {
+            tracing::debug!("{e}");
+        }
     }
 }
 

@@ -192,19 +192,33 @@ impl LockedMemory {
     ///
     /// # Errors
     /// The system refuses to lock that much.
-    pub fn lock(&mut self, driver: &Arc<dyn Driver>) -> Result<()> {
+    pub fn lock(&mut self, driver: &Arc<dyn Driver>, what: &str) -> Result<()> {
         let bytes = self.slab.len();
         if bytes > 0 && self.driver.is_none() {
             // SAFETY: the slab stays mapped until `drop` has ended the lock.
             let locked = unsafe { driver.pin(self.slab.as_mut_ptr(), bytes) };
             locked.map_err(|e| {
                 Error::failed(format_args!(
-                    "host memory for offloaded weights: {e}: check ulimit -l and the job's memory limit"
+                    "host memory for {what}: {e}: check ulimit -l and the job's memory limit"
                 ))
             })?;
             self.driver = Some(driver.clone());
         }
         Ok(())
+    }
+
+    /// Cuts it into pieces of `bytes` each, for as many owners; what is left over belongs to nobody.
+    pub fn split(mut self, bytes: usize) -> Vec<LockedPiece> {
+        let start = self.slab.as_mut_ptr();
+        let n = self.slab.len().checked_div(bytes).unwrap_or(0);
+        let whole = Arc::new(self);
+        let piece = |i: usize| LockedPiece {
+            // SAFETY: `n` pieces of `bytes` are inside the slab.
+            ptr: unsafe { start.add(i * bytes) },
+            bytes,
+            _whole: whole.clone(),
+        };
+        (0..n).map(piece).collect()
     }
 
     /// The contents.
@@ -236,6 +250,42 @@ impl LockedMemory {
         check(&range, self.slab.len(), "locked memory")?;
         // SAFETY: both ranges were checked; nobody writes the locked memory any more.
         unsafe { driver.upload(to, self.slab[range.start..].as_ptr(), range.len(), stream) }
+    }
+}
+
+/// A part of locked memory that has one owner.
+pub struct LockedPiece {
+    ptr: *mut u8,
+    bytes: usize,
+    /// Keeps it mapped and locked; nobody uses it otherwise.
+    _whole: Arc<LockedMemory>,
+}
+
+// SAFETY: pieces do not overlap, and `LockedMemory::split` has left nobody else a way to the bytes.
+unsafe impl Send for LockedPiece {}
+
+impl LockedPiece {
+    /// The contents; no copy from here is under way.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: this piece's own bytes, mapped as long as it lives.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
+    }
+
+    /// Enqueues a copy of the first `bytes` into `dst` from `at` on.
+    ///
+    /// # Errors
+    /// A range that is not inside, or a failed copy.
+    pub fn upload(
+        &self,
+        bytes: usize,
+        dst: &DeviceBuffer,
+        at: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        check(&(0..bytes), self.bytes, "locked memory")?;
+        let to = dst.range(at..at.saturating_add(bytes))?;
+        // SAFETY: both ranges were checked; the owner leaves the bytes alone until the copy is done.
+        unsafe { dst.driver.upload(to, self.ptr, bytes, stream) }
     }
 }
 

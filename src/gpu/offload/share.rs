@@ -8,7 +8,7 @@ use crate::gpu::memory::{DeviceBuffer, LockedMemory, PinnedBuffer};
 use crate::weights::Dtype;
 use crate::{Error, Result};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -102,6 +102,11 @@ struct Shared {
     stop: AtomicBool,
     measuring: AtomicBool,
     failed: AtomicBool,
+    /// Nanoseconds of multiplying for steps, bytes multiplied meanwhile, and nanoseconds from each product's end to the next
+    /// one's request.
+    busy: AtomicU64,
+    bytes: AtomicU64,
+    idle: AtomicU64,
 }
 
 /// The thread and its mailbox.
@@ -154,6 +159,9 @@ impl HostShare {
             stop: AtomicBool::new(false),
             measuring: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            busy: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            idle: AtomicU64::new(0),
         });
         let (tasks, asked) = channel();
         let (ready, started) = channel();
@@ -252,6 +260,16 @@ impl HostShare {
 impl Drop for HostShare {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
+        let of = |n: &AtomicU64| n.load(Ordering::Relaxed) as f64 / 1e9;
+        let (busy, bytes, idle) = (
+            of(&self.shared.busy),
+            of(&self.shared.bytes),
+            of(&self.shared.idle),
+        );
+        tracing::debug!(
+            "the cores multiplied {bytes:.1} GB in {busy:.2} s ({:.1} GB/s), and waited {idle:.2} s for the GPU in between",
+            bytes / busy.max(1e-9)
+        );
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -276,7 +294,16 @@ impl Shared {
                 let epoch = self.mail.word(REQUEST).load(Ordering::Acquire);
                 if epoch != seen {
                     seen = epoch;
+                    let idle = idle_since.elapsed();
+                    // A longer silence is the user's.
+                    if idle < Duration::from_millis(100) {
+                        self.idle
+                            .fetch_add(idle.as_nanos() as u64, Ordering::Relaxed);
+                    }
+                    let start = Instant::now();
                     self.answer(pool, epoch);
+                    self.busy
+                        .fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
                     idle_since = Instant::now();
                 }
                 std::hint::spin_loop();
@@ -301,7 +328,9 @@ impl Shared {
                 let first = job.streamed.load(Ordering::Acquire);
                 let rows = (job.pinned - first) * job.rows_per_unit;
                 let (x, y) = (self.mail.x(m * job.k), self.mail.y(m * rows));
-                self.multiply(pool, x, m, self.rows_of(job, first), y);
+                let w = self.rows_of(job, first);
+                self.bytes.fetch_add(w.data.len() as u64, Ordering::Relaxed);
+                self.multiply(pool, x, m, w, y);
                 self.mail.word(ANSWER).store(epoch, Ordering::Release);
             }
             // The GPU asks for what does not exist: it waits in vain, and `check` says so.

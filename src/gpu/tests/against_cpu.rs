@@ -15,9 +15,11 @@ const ROWS: usize = 16;
 
 /// How far all rows may be from the CPU ranks' (which are within 3e-6 of float32): no further than transformers' own bf16
 /// run of the same weights is from its float32 run. That is 0.0070 to 0.0078 of models with one layer and 0.0102 to
-/// 0.0165 with four (transformers 5.17 on a CPU; the shapes below 7B, 1 to 700 tokens), growing with the width.
+/// 0.0165 with four (transformers 5.17 on a CPU; the shapes below 7B, 1 to 700 tokens), growing with the width: 0.033 of
+/// 72B's, cut alike, with weights of transformers' own (tests/numerics.py).
 const ONE_LAYER: f64 = 0.0075;
 const FOUR_LAYERS: f64 = 0.018;
+const FOUR_WIDE_LAYERS: f64 = 0.03;
 
 /// A single row may be somewhat further off than all together.
 fn is_within((worst, all): (f64, f64), limit: f64) -> bool {
@@ -98,7 +100,11 @@ pub(super) fn cut(shape: &str, n_layers: usize, vocab_size: usize) -> ModelConfi
 #[test]
 fn published_heads_and_widths_agree_with_the_cpu_ranks() {
     // At 200 tokens attention's average over values is so small that any error common to all of them would show.
-    for (shape, prompt) in [("smollm2-135m", 200), ("qwen2.5-0.5b", 70), ("qwen3-0.6b", 20)] {
+    for (shape, prompt) in [
+        ("smollm2-135m", 200),
+        ("qwen2.5-0.5b", 70),
+        ("qwen3-0.6b", 20),
+    ] {
         let config = cut(shape, 1, 512);
         let parts = Parts::standin(&Arc::new(Standin::new(Options::default())), None, 0).unwrap();
         let (worst, all) = against_cpu(&config, parts, prompt, 3);
@@ -122,7 +128,11 @@ fn gpu_agrees_with_the_cpu_ranks() {
             let line =
                 format!("{shape} {prompt} + {decoded}: worst row {worst:.4}, all rows {all:.4}");
             println!("{line}");
-            if !is_within((worst, all), FOUR_LAYERS) {
+            let limit = match config.hidden_size {
+                ..=2048 => FOUR_LAYERS,
+                _ => FOUR_WIDE_LAYERS,
+            };
+            if !is_within((worst, all), limit) {
                 failed.push(line);
             }
         }

@@ -478,7 +478,7 @@ fn a_refused_allocation_is_an_error_that_says_what_for() {
         "weights",
         "step buffers",
         "KV cache",
-        "staging for the weights",
+        "weights on their way",
         "logits on the host",
     ] {
         let said = refused.iter().any(|e| e.starts_with(&format!("{what}: ")));
