@@ -25,7 +25,8 @@
 // Tried:
 //   * 4 warps and 64 rows, table looked up for every 16 bytes: 132 TFLOP/s at 4096; 8 warps, same look-up: 198; now: 218. 4 warps now: 207.
 //   * tiles of 32 tokens: 201.   3 blocks of 4 warps (168 registers, spilled): 155, from 132.
-// Not tried: wgmma (Hopper's own products, what torch uses here), splitting a few rows' long context over blocks (16 of 4096 above).
+// Not tried: splitting a few rows' long context over blocks (16 of 4096 above). On Hopper attention_prefill_wgmma.cu is used instead, with the
+// products that torch uses here.
 #include "common.cuh"
 
 #ifndef PREFILL_WARPS

@@ -84,9 +84,7 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 }
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
-    u32 a;
-    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(a) : "l"(p));
-    return a;
+    return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
 // Copies 16 bytes to shared memory behind the threads' back; zeros instead where `valid` is false.

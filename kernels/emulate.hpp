@@ -155,6 +155,17 @@ struct PendingCopy {
     unsigned char bytes[16];
 };
 
+// A tensor-core product under way; emulate_wgmma.hpp has all that is done with it.
+struct Product {
+    float* d = nullptr;         // its accumulators, width / 2 of them
+    std::vector<float> before;  // what they were, in the first product under way on them
+    int width = 0;
+    uint64_t a = 0, b = 0;      // descriptors
+    uint32_t registers[4] = {};
+    bool in_registers = false, accumulate = false;
+    uint32_t group = 0;
+};
+
 struct Thread {
     Fiber fiber;
     State state = State::Ended;
@@ -163,6 +174,9 @@ struct Thread {
     void* operand = nullptr;
     std::vector<PendingCopy> copies;
     uint32_t groups = 0;
+    std::vector<Product> products;
+    uint32_t product_groups = 0, proxy_fences = 0;
+    bool products_fenced = false;
 };
 
 // Who touched two bytes of shared memory last, and when.
@@ -170,6 +184,7 @@ struct Cell {
     uint32_t block = 0;  // serial number of the block it speaks of
     uint32_t write_epoch = 0, write_warp_epoch = 0;
     uint32_t read_epoch = 0, read_warp_epoch = 0;
+    uint32_t proxy_fences = 0;  // of the writer, before it wrote
     uint16_t writer = 0, reader = 0;  // thread + 1; reader may be SEVERAL or IN_WARP + warp
     bool copying = false;
 };
@@ -333,6 +348,20 @@ class Machine {
         t.copies.resize(kept);
     }
 
+    Thread& thread() { return threads_[current_]; }
+
+    // Two bytes of shared memory as the tensor cores read them.
+    uint16_t read_operand(uint32_t address) {
+        if (address + 2 > shared_used_) fail("wgmma reads shared memory at byte %u of %u", address, shared_used_);
+        Cell& c = cells_[address / 2];
+        read(c, address);
+        if (c.proxy_fences == threads_[c.writer - 1].proxy_fences)
+            fail("wgmma reads shared memory that thread %d wrote without fence_async_proxy since (byte %u)", c.writer - 1, address);
+        uint16_t v;
+        memcpy(&v, &shared_[address], 2);
+        return v;
+    }
+
     [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(const char* format, ...) {
         char text[320];
         va_list args;
@@ -380,6 +409,7 @@ class Machine {
         m->body_(m->arg_);
         m->threads_[m->current_].state = State::Ended;
         ++m->ended_;
+        if (!m->thread().products.empty()) m->fail("ends with wgmma under way");
         if (m->at_barrier_ > 0) m->fail("ends while other threads wait at __syncthreads");
         Fiber::switch_to(m->threads_[m->current_].fiber, m->scheduler_);
         abort();
@@ -403,7 +433,9 @@ class Machine {
         for (int i = 0; i < n_threads_; ++i) {
             threads_[i].state = State::Ready;
             threads_[i].copies.clear();
-            threads_[i].groups = 0;
+            threads_[i].groups = threads_[i].product_groups = threads_[i].proxy_fences = 0;
+            threads_[i].products.clear();
+            threads_[i].products_fenced = false;
             threads_[i].fiber.start(stacks_ + size_t(i) * STACK_BYTES, fiber_main);
         }
         int n_warps = n_threads_ / 32;
@@ -473,6 +505,7 @@ class Machine {
         if (c.reader != 0 && unordered(c.reader, c.read_epoch, c.read_warp_epoch))
             fail("race in shared memory: writes what another thread reads, no barrier between (byte %u)", byte);
         c.writer = uint16_t(current_ + 1);
+        c.proxy_fences = threads_[current_].proxy_fences;
         c.write_epoch = epoch_;
         c.write_warp_epoch = warp_epoch_[current_ / 32];
         c.reader = 0;

@@ -3,7 +3,6 @@
 use super::backend::{GpuBackend, GpuBuf};
 use super::driver::{DevicePtr, Driver, Launch, Pinned, Stream, args};
 use super::geometry::Geometry;
-use super::launch::PREFILL_SHARED_PER_ELEMENT;
 use super::load::GpuWeight;
 use super::memory::{DeviceBuffer, PinnedBuffer};
 use super::products::{Form, GEMV_ROWS, Target};
@@ -141,17 +140,12 @@ impl GpuBackend {
         let (tables, seqs, one_block) = (s.tables, s.seqs, 1usize);
         let grid = |x: usize, y: usize, z: usize| [x as u32, y as u32, z as u32];
         if s.longest > 1 {
-            let rows = s.longest * nq / nkv;
-            let shared = (PREFILL_SHARED_PER_ELEMENT * (g.padded_head_dim + 8)) as u32;
-            let launch = Launch {
-                grid: grid(rows.div_ceil(128), nkv, s.n_seqs),
-                block: [256, 1, 1],
-                shared,
-            };
+            let prefill = &self.kernels.attention_prefill;
+            let (kernel, launch) = prefill.launch(s.longest, nq, nkv, s.n_seqs);
             let args = args![
                 q.ptr, k_cache, v_cache, tables, seqs, attn.ptr, nq, nkv, one_block, scale
             ];
-            return self.launch(self.kernels.attention_prefill, &launch, &args);
+            return self.launch(kernel, &launch, &args);
         }
         let splits = s.splits;
         let (part, part_ml) = (self.arena.get("part"), self.arena.get("part_ml"));

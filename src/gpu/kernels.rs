@@ -41,7 +41,12 @@ macro_rules! header {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[Header] = &[header!("common"), header!("rope"), header!("rows")];
+pub const HEADERS: &[Header] = &[
+    header!("common"),
+    header!("rope"),
+    header!("rows"),
+    header!("wgmma"),
+];
 
 /// RMSNorm behind the residual add.
 pub static NORM: Source = source!("norm");
@@ -55,6 +60,8 @@ pub static QKV: Source = source!("qkv");
 pub static ACTIVATION: Source = source!("activation");
 /// Attention of many tokens a sequence.
 pub static ATTENTION_PREFILL: Source = source!("attention_prefill");
+/// The same on Hopper's own products.
+pub static ATTENTION_PREFILL_WGMMA: Source = source!("attention_prefill_wgmma");
 /// Attention of one token a sequence.
 pub static ATTENTION_DECODE: Source = source!("attention_decode");
 
@@ -77,6 +84,7 @@ pub static SOURCES: &[&Source] = &[
     &QKV,
     &ACTIVATION,
     &ATTENTION_PREFILL,
+    &ATTENTION_PREFILL_WGMMA,
     &ATTENTION_DECODE,
     &SAMPLE,
     &HANDOVER,

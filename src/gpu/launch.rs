@@ -5,9 +5,53 @@ use super::kernels;
 use crate::Result;
 use std::sync::Arc;
 
-/// Dynamic shared memory of the prefill attention: two double-buffered tiles of 64 rows, in bytes for each element of a
-/// row (padding included).
-pub const PREFILL_SHARED_PER_ELEMENT: usize = 512;
+/// The attention of many tokens a sequence, and what a block of it takes.
+#[derive(Debug, Clone, Copy)]
+pub struct PrefillAttention {
+    kernel: Function,
+    rows: usize,
+    threads: usize,
+    shared: usize,
+}
+
+impl PrefillAttention {
+    /// The one for a device of this compute capability: Hopper's own products where they serve the head width. The shapes
+    /// are those of the two notebooks.
+    fn new(driver: &Arc<dyn Driver>, head_dim: usize) -> Result<PrefillAttention> {
+        let hopper = driver.properties().compute == (9, 0);
+        let (source, rows, threads, shared) = match head_dim {
+            64 | 128 if hopper => {
+                let rows = if head_dim == 64 { 192 } else { 128 };
+                let shared = 2 * head_dim * (rows + 5 * 128);
+                (&kernels::ATTENTION_PREFILL_WGMMA, rows, 2 * rows, shared)
+            }
+            _ => (&kernels::ATTENTION_PREFILL, 128, 256, 512 * (head_dim + 8)),
+        };
+        Ok(PrefillAttention {
+            kernel: driver.function(source, &format!("{}_{head_dim}", source.name))?,
+            rows,
+            threads,
+            shared,
+        })
+    }
+
+    /// The kernel, and its launch over `n_seqs` sequences of up to `longest` tokens.
+    pub fn launch(
+        &self,
+        longest: usize,
+        n_heads: usize,
+        n_kv_heads: usize,
+        n_seqs: usize,
+    ) -> (Function, Launch) {
+        let tiles = (longest * n_heads / n_kv_heads).div_ceil(self.rows);
+        let launch = Launch {
+            grid: [tiles as u32, n_kv_heads as u32, n_seqs as u32],
+            block: [self.threads as u32, 1, 1],
+            shared: self.shared as u32,
+        };
+        (self.kernel, launch)
+    }
+}
 
 /// Every kernel of a model with one head width.
 pub struct Kernels {
@@ -51,8 +95,8 @@ pub struct Kernels {
     pub candidates: Function,
     /// `candidates.cu`
     pub candidates_merge: Function,
-    /// `attention_prefill.cu`
-    pub attention_prefill: Function,
+    /// `attention_prefill.cu` or `attention_prefill_wgmma.cu`
+    pub attention_prefill: PrefillAttention,
     /// `attention_decode.cu`
     pub attention_decode: Function,
     /// `attention_decode.cu`
@@ -88,7 +132,7 @@ impl Kernels {
             sample_reduce: get(&kernels::SAMPLE, "sample_reduce")?,
             candidates: get(&kernels::CANDIDATES, "candidates")?,
             candidates_merge: get(&kernels::CANDIDATES, "candidates_merge")?,
-            attention_prefill: by_width(&kernels::ATTENTION_PREFILL, "attention_prefill")?,
+            attention_prefill: PrefillAttention::new(driver, head_dim)?,
             attention_decode: by_width(&kernels::ATTENTION_DECODE, "attention_decode")?,
             attention_combine: by_width(&kernels::ATTENTION_DECODE, "attention_combine")?,
             driver: driver.clone(),

@@ -199,11 +199,15 @@ def prefill(rate, devices):
             us = graph_us(lambda: torch.nn.functional.scaled_dot_product_attention(qq, kk, vv, is_causal=True), 1)
             peer = f"{us:8.1f} {flops / us * 1e-6:4.0f}T"
         row = f"{name:24}{flops * 1e-9:8.1f}{peer:>16} |"
-        for d, rows, block, shared in devices.values():
+        for d, file, shape in devices.values():
+            rows, block, shared = shape(d_head)
             tiles = -(-length * (n_heads // n_kv) // rows)
-            us = graph_us(lambda: d.launch("attention_prefill", f"attention_prefill_{d_head}", (tiles, n_kv, 1), block, q, k, v, tables, seqs, attn, n_heads,
-                                           n_kv, tables.shape[1], d_head**-0.5, shared=shared(d_head)), 1)
-            row += f"{us:10.1f} {flops / us * 1e-6:4.0f}T"
+            try:
+                us = graph_us(lambda: d.launch(file, f"{file}_{d_head}", (tiles, n_kv, 1), block, q, k, v, tables, seqs, attn, n_heads, n_kv, tables.shape[1],
+                                               d_head**-0.5, shared=shared), 1)
+                row += f"{us:10.1f} {flops / us * 1e-6:4.0f}T"
+            except RuntimeError as e:  # a variant that does not serve this width
+                row += f"{str(e).splitlines()[0][:15]:>16}"
         print(row, flush=True)
 
 
@@ -322,6 +326,25 @@ class Model:
         print(f"  {self.name}, context {context}, {label}: {us:.0f} µs, {n_bytes * 1e-9:.2f} GB, floor {floor:.0f} µs: {100 * floor / us:.1f}%", flush=True)
 
 
+def prefill_variants(d):
+    """Kernels to compare: a device, the file, and the shape of a block for a head width."""
+    compared = {"as is": (d, "attention_prefill", cases.PREFILL["attention_prefill"])}
+    if not d.has_wgmma:
+        return compared | {"4 warps": (variant(defines=["-DPREFILL_WARPS=4"]), "attention_prefill", lambda d_head: (64, 128, 512 * (d_head + 8)))}
+    file = "attention_prefill_wgmma"
+    compared["wgmma"] = (d, file, cases.PREFILL[file])
+    for warpgroups, tile in ((2, 64), (3, 64), (3, 96)):
+        shaped = variant(defines=[f"-DPREFILL_WARPGROUPS={warpgroups}", f"-DPREFILL_TILE={tile}"])
+        compared[f"{warpgroups} × 64 rows, tile {tile}"] = (shaped, file, cases.wgmma_shape(warpgroups, tile))
+    soften, meet = "        soften(scores, high, sum, shrink, to_log2);\n", "        meet(tile);\n"
+    early = variant([(file + ".cu", soften + meet, meet + soften)])
+    compared["early"] = (early, file, cases.PREFILL[file])
+    # Always true, and a branch that exponentials do not pass.
+    late = variant([(file + ".cu", meet, "        if (tile < max_blocks) meet(tile);\n")])
+    compared["late"] = (late, file, cases.PREFILL[file])
+    return compared
+
+
 def main():
     wanted = sys.argv[1:] or ["model", "gemv", "decode", "prefill", "small"]
     read, rate = ceilings()
@@ -347,9 +370,7 @@ def main():
     if "decode" in wanted:
         decode(read, {"3 blocks": d, "4 blocks": variant(defines=["-DDECODE_BLOCKS=4"])})
     if "prefill" in wanted:
-        wide = ("attention_prefill.cu", "constexpr int TILE = 64;", "constexpr int TILE = 32;")
-        prefill(rate, {"as is": (d, 128, 256, lambda d_head: 512 * (d_head + 8)), "4 warps": (variant(defines=["-DPREFILL_WARPS=4"]), 64, 128, lambda d_head: 512 * (d_head + 8)),
-                       "tile 32": (variant([wide]), 128, 256, lambda d_head: 256 * (d_head + 8))})
+        prefill(rate, prefill_variants(d))
     if "small" in wanted:
         small(d)
         reduce()

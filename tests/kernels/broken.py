@@ -39,6 +39,20 @@ BREAKS = [
     ("attention_prefill", "first_masked = (offset +", "first_masked = (offset + TILE +", cases.attention_prefill, {"seqs": [(90, 90)]}),
     ("attention_prefill", "if (!here[r]) continue;", "", cases.attention_prefill, {"seqs": [(5, 5)]}),
     ("attention_prefill", ", row < n_tokens);", ", true);", cases.attention_prefill, {"seqs": [(17, 17)]}),
+    *[(file, old, new, cases.attention_prefill, {"heads": (7, 1, 128), "seqs": [seq], "kernels": ["attention_prefill_wgmma"]}) for file, old, new, seq in (
+        ("attention_prefill_wgmma", "        __syncthreads();", "", (400, 400)),
+        ("attention_prefill_wgmma", "cp_async_wait<0>();", "", (400, 400)),
+        ("attention_prefill_wgmma", "        fence_async_proxy();", "", (400, 400)),
+        ("attention_prefill_wgmma", "V_PLACES = 3", "V_PLACES = 2", (600, 600)),
+        ("attention_prefill_wgmma", "wgmma_wait<1>();", "wgmma_wait<2>();", (90, 200)),
+        ("attention_prefill_wgmma", "out[n][i] *= shrink[i / 2];", ";", (90, 200)),
+        ("attention_prefill_wgmma", "> sees)", ">= sees)", (90, 90)),
+        ("attention_prefill_wgmma", "if (row >= n_rows) continue;", "", (5, 5)),
+        ("attention_prefill_wgmma", "row + i * ROWS < n_tokens);", "true);", (17, 17)),
+        ("attention_prefill_wgmma", ", TILE * 128);", ");", (17, 17)),
+        ("wgmma", "EIGHT_ROWS = 1024", "EIGHT_ROWS = 512", (17, 17)),
+        ("wgmma", "(piece ^ row) % 8", "piece % 8", (17, 17)),
+    )],
 ]
 
 missed = 0

@@ -415,26 +415,44 @@ def attention_decode(d, i, heads=None, contexts=None, splits=None):
     return compare("attention_decode", attn + 1, want.view(len(contexts), -1) + 1, ROUNDED_TWICE)
 
 
-def attention_prefill(d, i, heads=None, seqs=None):
+def wgmma_shape(warpgroups, tile):
+    """Rows, threads and shared bytes of a block of attention_prefill_wgmma.cu for a head width."""
+    return lambda d_head: (64 * warpgroups, 128 * warpgroups, 2 * d_head * (64 * warpgroups + 5 * tile))
+
+
+# Each kernel of prefill: rows, threads and shared bytes of a block.
+PREFILL = {
+    "attention_prefill": lambda d_head: (128, 256, 512 * (d_head + 8)),
+    "attention_prefill_wgmma": lambda d_head: wgmma_shape(3 if d_head == 64 else 2, 128)(d_head),
+}
+
+
+def prefill_kernels(d, d_head):
+    return [f for f in PREFILL if f != "attention_prefill_wgmma" or d.has_wgmma and d_head in (64, 128)]
+
+
+def attention_prefill(d, i, heads=None, seqs=None, kernels=None):
     n_heads, n_kv, d_head = heads or HEADS[i.round % len(HEADS)]
     if seqs is None:
-        seqs = [(n, n + i.random.choice([0, 0, 1, 70])) for n in (i.random.choice([0, 1, 5, 17, 64, 90]) for _ in range(i.random.randint(1, 3)))]
+        seqs = [(n, n + i.random.choice([0, 0, 1, 70, 300])) for n in (i.random.choice([0, 1, 5, 17, 64, 90]) for _ in range(i.random.randint(1, 3)))]
     caches, tables, parts = paged(i, [context for _, context in seqs], n_kv, d_head)
     total = sum(n for n, _ in seqs) + 2  # a row in front and one behind that belong to nobody here
     starts = [1 + sum(n for n, _ in seqs[:s]) for s in range(len(seqs))]
     table = i.integers([[start, n, context, s] for s, (start, (n, context)) in enumerate(zip(starts, seqs))])
-    q, attn, scale = i.normal(total, n_heads * d_head), i.poison(total, n_heads * d_head), d_head ** -0.5
-    tiles = max(1, -(-max(n for n, _ in seqs) * (n_heads // n_kv) // 128))
-    d.launch("attention_prefill", f"attention_prefill_{d_head}", (tiles, n_kv, len(seqs)), 256, q, *caches, tables, table, attn, n_heads, n_kv,
-             tables.shape[1], scale, shared=512 * (d_head + 8))
-    d.synchronize()
-    worst = 0.0
-    for s, (start, (n, _)) in enumerate(zip(starts, seqs)):
-        if n:
-            want = attend(q[start:start + n].view(n, n_heads, d_head), *parts[s], scale)
-            worst = max(worst, compare("attention_prefill", attn[start:start + n], want.reshape(n, -1), ROUNDED_TWICE))
-    if not attn[[0, -1]].isnan().all():
-        raise Mismatch("attention_prefill: written outside its rows")
+    q, scale, worst = i.normal(total, n_heads * d_head), d_head ** -0.5, 0.0
+    longest = max(n for n, _ in seqs) * (n_heads // n_kv)
+    for file in kernels or prefill_kernels(d, d_head):
+        rows, block, shared = PREFILL[file](d_head)
+        attn = i.poison(total, n_heads * d_head)
+        d.launch(file, f"{file}_{d_head}", (max(1, -(-longest // rows)), n_kv, len(seqs)), block, q, *caches, tables, table, attn, n_heads, n_kv,
+                 tables.shape[1], scale, shared=shared)
+        d.synchronize()
+        for s, (start, (n, _)) in enumerate(zip(starts, seqs)):
+            if n:
+                want = attend(q[start:start + n].view(n, n_heads, d_head), *parts[s], scale)
+                worst = max(worst, compare(file, attn[start:start + n], want.reshape(n, -1), ROUNDED_TWICE))
+        if not attn[[0, -1]].isnan().all():
+            raise Mismatch(f"{file}: written outside its rows")
     return worst
 
 
@@ -520,6 +538,9 @@ REAL += [(gemv_qkv, {"heads": h, "k": k, "m": m}) for h, k in (((28, 4, 128), 35
 REAL += [(qkv, {"heads": h, "tokens": 300}) for h in QWEN_HEADS.values()]
 REAL += [(attention_decode, {"heads": h, "contexts": c, "splits": s}) for h in QWEN_HEADS.values() for c in ([1024], [5000, 3, 0, 700]) for s in (1, 16, 64)]
 REAL += [(attention_prefill, {"heads": h, "seqs": s}) for h in QWEN_HEADS.values() for s in ([(512, 512)], [(700, 3000), (1, 900), (17, 17)])]
+# Tiles of 128 tokens and of 64 or 192 rows in every position to each other.
+REAL += [(attention_prefill, {"heads": h, "seqs": [(n, n + before)]})
+         for h in ((7, 1, 128), (8, 1, 128), (4, 4, 128), (5, 1, 64), (7, 1, 64)) for n, before in ((1, 127), (1, 128), (18, 111), (129, 0), (200, 57), (333, 1000))]
 REAL += [(candidates, {"vocab": 151665, "rows": 3}), (handover, {"m": 8, "k": 8192, "n": 14784}), (read, {"n": 5_000_000, "grid": 264})]
 REAL += [(all_gather, {"ranks": 2, "n": n}) for n in (3, 192)]
 REAL += [(all_reduce, {"ranks": r, "rows": n, "hidden": h}) for r in (2, 4) for n, h in ((1, 8192), (8, 3584))]

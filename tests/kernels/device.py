@@ -12,7 +12,7 @@ import tempfile
 import torch
 
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels"
-HEADERS = ["common.cuh", "rope.cuh", "rows.cuh"]
+HEADERS = ["common.cuh", "rope.cuh", "rows.cuh", "wgmma.cuh"]
 
 
 def arguments(args):
@@ -49,6 +49,7 @@ class Emulated:
 
     name = "emulation"
     torch_device = "cpu"
+    has_wgmma = True
     sms = 6  # few blocks, so that their loops over the work are walked
 
     def __init__(self, source=KERNELS, defines=()):
@@ -159,6 +160,7 @@ class Cuda:
         torch.zeros(1, device="cuda")
         properties = torch.cuda.get_device_properties(0)
         self.sms = properties.multi_processor_count
+        self.has_wgmma = (properties.major, properties.minor) == (9, 0)
         self.arch = f"sm_{properties.major}{properties.minor}" + ("a" if properties.major >= 9 else "")
 
     def check(self, result):

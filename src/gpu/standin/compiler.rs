@@ -11,7 +11,13 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// What kernels are compiled against here: CUDA's words in the host's C++.
-const EMULATION: &str = include_str!("../../../kernels/emulate.hpp");
+const EMULATION: &[(&str, &str)] = &[
+    ("emulate.hpp", include_str!("../../../kernels/emulate.hpp")),
+    (
+        "emulate_wgmma.hpp",
+        include_str!("../../../kernels/emulate_wgmma.hpp"),
+    ),
+];
 
 /// Options of the compiler; part of the cache's key.
 const OPTIONS: &[&str] = &[
@@ -52,12 +58,9 @@ pub struct Edit {
 /// Name and text of everything that an object is made from, the kernel file first.
 fn files(source: &Source, edit: Option<&Edit>) -> Result<Vec<(String, String)>> {
     let mut files = vec![(format!("{}.cu", source.name), source.text.to_owned())];
-    files.extend(
-        HEADERS
-            .iter()
-            .map(|h| (h.name.to_owned(), h.text.to_owned())),
-    );
-    files.push(("emulate.hpp".to_owned(), EMULATION.to_owned()));
+    let headers = HEADERS.iter().map(|h| (h.name, h.text));
+    let included = headers.chain(EMULATION.iter().copied());
+    files.extend(included.map(|(name, text)| (name.to_owned(), text.to_owned())));
     let Some(edit) = edit else { return Ok(files) };
     for (_, text) in files.iter_mut().filter(|f| f.0 == edit.file) {
         if !text.contains(edit.old) {

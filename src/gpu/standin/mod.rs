@@ -35,6 +35,8 @@ pub struct Options {
     pub seed: u64,
     /// Which device of its host it is.
     pub ordinal: u32,
+    /// Compute capability, by which some kernels are chosen; 9.0 unless said.
+    pub compute: (u32, u32),
     /// Device memory, in bytes.
     pub total_memory: u64,
     /// The allocation, of device or pinned memory, that is refused.
@@ -56,6 +58,7 @@ impl Default for Options {
         Options {
             seed: 1,
             ordinal: 0,
+            compute: (9, 0),
             total_memory: 8 << 30,
             refuse_alloc: None,
             fail_copy: None,
@@ -107,7 +110,7 @@ impl Standin {
         let properties = Properties {
             name: "stand-in".into(),
             uuid,
-            compute: (8, 0),
+            compute: options.compute,
             sm_count: 4,
             total_memory: options.total_memory,
             max_shared: 227 << 10,
