@@ -70,7 +70,8 @@ unpack() {
 }
 
 # Answers of a batch (stdin) against float32's: equal, or equal up to a token whose two best logits are so close that bf16
-# cannot tell them apart (its step between 16 and 32, where these logits lie, is 0.125).
+# does not tell them apart: transformers' own bf16 run moves the gap between them by up to 0.35 in 99 of 100 of these places
+# (tests/numerics.py says so).
 # shellcheck disable=SC2016
 check='
 import json, sys
@@ -85,7 +86,7 @@ for a in answers:
     if i is None and a["text"] == want["text"]:
         equal += 1
     else:
-        assert i is not None and want["gaps"][i] <= 0.125, "%s: token %s: %r" % (a["name"], i, a["text"][:60])
+        assert i is not None and want["gaps"][i] <= 0.35, "%s: token %s: %r" % (a["name"], i, a["text"][:60])
         close.append("%s at %d (%.3f)" % (a["name"], i, want["gaps"][i]))
 got = [r["device"] for r in answers[0]["ranks"]]
 assert len(got) == ranks, f"{len(got)} ranks"
