@@ -203,6 +203,7 @@ impl Loader<'_> {
         let slot_bytes = largest.max().unwrap_or(0).next_multiple_of(ALIGN);
         let threads = self.threads.min(batches.len()).max(1);
         let mut staging = LockedMemory::map(2 * threads * slot_bytes)?;
+        staging.touch(threads);
         staging.lock(driver, "weights on their way")?;
         let slots = Mutex::new(staging.split(slot_bytes));
         let next = AtomicUsize::new(0);
