@@ -68,10 +68,11 @@ fn scaling_runs_every_size_and_reports_what_fails() {
             assert!(row["limits"][key].as_f64().unwrap() > 0.0, "{key} of {row}");
         }
     }
-    // Two ranks read half of what one reads, but for the norms and this tiny model's uneven cuts.
+    // Two ranks read half of what one reads, but for the norms and this tiny model's uneven cuts: the limit is that of the
+    // rank which its own measured rate makes the slower one, now rank 0 with the larger part, now rank 1.
     let bytes = |row: usize| rows[row]["limits"]["decode_bytes"].as_f64().unwrap();
     assert!(
-        (0.5..0.8).contains(&(bytes(4) / bytes(0))),
+        (0.4..0.8).contains(&(bytes(4) / bytes(0))),
         "{} {}",
         bytes(4),
         bytes(0)

@@ -83,7 +83,7 @@ fn logits_match_transformers_for_every_world_size_and_chunking() {
     for name in tiny_models() {
         let dir = golden("models").join(&name);
         let file = Golden::read(&dir.join("golden.safetensors"));
-        for tp_size in 1..=4 {
+        for tp_size in [1, 2, 3, 4, 8] {
             let (short, long) = (file.ids("short.ids"), file.ids("long.ids"));
             let results = on_ranks(&dir, tp_size, LIMITS, |rank| {
                 let whole = |rank: &mut Ranked, ids: &[u32]| in_chunks(rank, ids, 256);
