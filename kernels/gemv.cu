@@ -12,11 +12,11 @@
 //                                                         q and k rotated, k and v in the cache (models without head norms)
 //     1 ≤ m ≤ 8; k % 8 == 0, ldx % 8 == 0; rows of w and x 16-byte aligned; head_dim % 16 == 0; n, inter any.
 //     grid and block: `tiles` = ceil(n / 16), or ceil(inter / 8), or heads · head_dim / 16; see launch rule below. Any grid ≥ 1 and any
-//     block of 1 to 16 warps is right; grid.x blocks walk over the tiles, the warps of a block cut k among them.
+//     block of 1 to 16 warps is right; the blocks share the rows evenly, the warps of a block cut k among them.
 //
 // Launch rule: the kernel uses at most 128 registers a thread, so 16 warps share a multiprocessor, as 16 × 1, 8 × 2 or 4 × 4 (warps of
-// a block × blocks). For each, grid = tiles / ceil(tiles / (sms · blocks)) rounded up: every block has the same number of tiles, in as
-// few rounds as there are. Take the one whose fullest multiprocessor has the fewest tiles, rounds · ceil(grid / sms); among equals 8 × 2,
+// a block × blocks). For each, grid = min(sms · blocks, 8 · tiles): every block has the same rows but for one pair, in as few tiles as hold
+// them. Take the one whose fullest multiprocessor has the fewest tiles, those of a block · ceil(grid / sms); among equals 8 × 2,
 // then 16 × 1, then 4 × 4, but 16 × 1 first where tiles ≤ sms. More warps than ceil(k / 256) have nothing to do: leave those out (4 × 4
 // always stays in). tests/kernels/cases.py has it as code.
 //
@@ -26,7 +26,8 @@
 // product's fragments want: no shared memory on the way. Steps run on across tiles, so the loads never drain; the first ones
 // leave before the kernel in front has ended (weights do not depend on it). Rows of a tile need not be neighbours: gate row i
 // sits 8 rows above up row i, element i of a head above element i + head_dim / 2, so that the same lane ends up
-// with both and SiLU and rotation happen in registers.
+// with both and SiLU and rotation happen in registers. Such a pair of rows is the unit in which blocks share the work: 3584 rows
+// are 224 full tiles, which 132 multiprocessors take as long to read as 264, and 13.6 pairs for each of them, which is even.
 //
 // Numerics: products exact, sums in f32 (tensor core within a step, then the warps' sums in order), one rounding at the end. The order
 // depends on k and the number of warps alone: not on m, not on the other rows.
@@ -49,6 +50,10 @@
 // On H100s, whole steps as `tandem bench` has them (2026-11-25, context 1024, read rate 3.08 TB/s): 7B 5.23 ms, 88% of the floor; half of 7B with its
 // sums over two ranks 2.89 ms, 80%; half of 72B 26.2 ms, 88%.
 //
+// All of that with whole tiles handed to blocks. Pairs of rows instead, expected from it: time in proportion to the fullest multiprocessor, so
+// 3584×18944 35.7 → 31 µs, 4608×3584 (96 blocks of 3 tiles) 10.0 → 7.9, half of it 6.4 → 4.5, and 8 of 100 of a 7B step. Not measured yet: the
+// variant "whole tiles" in bench.py is the launch that gives the old division.
+//
 // Tried:
 //   * L2 hint of the loads, with the first rule, expected nothing: 128B 87 to 99% of the floor at the shapes above 100 MB, 256B 84 to 96%,
 //     none 79 to 88%.
@@ -61,9 +66,8 @@
 //   * prefetch.global.L2 8 or 16 steps ahead of the registers, expected to cover the gaps between kernels: 10 to 55% slower. Counted
 //     afterwards: 16 warps × 8 steps × 2 KiB × 132 are 35 MB, too much of the L2 to survive until it is used.
 //   * overlap (programmatic launch) off: 3% slower for the 7B step and half of 72B, 11% for half of 7B (with the first rule).
-//   m = 2, 4, 8, with the first rule and the 256B hint: within 9% of m = 1, 17% at the smallest shapes. cuBLAS is then ahead at 4608×3584
-//   (11.3 against 12.5 µs) and 5120×8192 (27 against 28), and from m = 4 at 29568×8192 (115 against 121) and the heads (by up to 3%); not
-//   measured again since.
+//   m = 2, 4, 8, with the rule for whole tiles (H200, 2026-11-25): within 8% of m = 1, 16% at the smallest shapes. cuBLAS is slower everywhere but at
+//   29568×8192 (116.1 µs against 118.7 at m = 2, 117.7 against 122.9 at m = 8) and at 76032×8192 from m = 4 (295.8 against 304.8 at 8).
 #include "common.cuh"
 #include "rope.cuh"
 
@@ -74,23 +78,25 @@ constexpr int STAGES = GEMV_STAGES;
 constexpr int STEP = 64;  // k of a warp's step
 constexpr int MAX_WARPS = 16;
 
-// Walks over (tile, step) in the order of the computation; `low` and `high` are this lane's rows g and g + 8 of the tile.
+// Walks over (tile, step) in the order of the computation. A block's tiles are its pairs of rows `at` .. `end`, 8 at a time, the last one
+// with what is left; `low` and `high` are this lane's two rows.
 template <class Rows>
 struct Cursor {
     const Rows& rows;
-    int tile, step;
+    int at, end, step;
     const bf16 *low, *high;
 
-    __device__ __forceinline__ Cursor(const Rows& r, int n_tiles) : rows(r), tile(static_cast<int>(blockIdx.x)), step(0) { enter(n_tiles); }
-    __device__ __forceinline__ void enter(int n_tiles) {
+    __device__ __forceinline__ Cursor(const Rows& r, int first, int last) : rows(r), at(first), end(last), step(0) { enter(); }
+    __device__ __forceinline__ void enter() {
         low = high = nullptr;
-        if (tile < n_tiles) rows.pointers(tile, lane_id() / 4, low, high);
+        const int pair = at + lane_id() / 4;
+        if (pair < end) rows.pointers(pair / 8, pair % 8, low, high);
     }
-    __device__ __forceinline__ void advance(int steps, int n_tiles) {
+    __device__ __forceinline__ void advance(int steps) {
         if (++step < steps) return;
         step = 0;
-        tile += static_cast<int>(gridDim.x);
-        enter(n_tiles);
+        at += 8;
+        enter();
     }
 };
 
@@ -112,7 +118,9 @@ __device__ __forceinline__ void gemv(const Rows& rows, const bf16* x, int m, int
 
     Piece w[STAGES];
     XPiece xs[STAGES];
-    Cursor<Rows> ahead(rows, n_tiles);
+    const u64 n_pairs = static_cast<u64>(n_tiles) * 8;
+    const int first = static_cast<int>(n_pairs * blockIdx.x / gridDim.x), end = static_cast<int>(n_pairs * (blockIdx.x + 1) / gridDim.x);
+    Cursor<Rows> ahead(rows, first, end);
     auto load_w = [&](Piece& piece) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -120,7 +128,7 @@ __device__ __forceinline__ void gemv(const Rows& rows, const bf16* x, int m, int
             piece.low[h] = at < k && ahead.low ? load_stream(ahead.low + at) : zero16();
             piece.high[h] = at < k && ahead.high ? load_stream(ahead.high + at) : zero16();
         }
-        ahead.advance(steps, n_tiles);
+        ahead.advance(steps);
     };
     int x_step = 0;
     auto load_x = [&](XPiece& piece) {
@@ -139,8 +147,7 @@ __device__ __forceinline__ void gemv(const Rows& rows, const bf16* x, int m, int
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) load_x(xs[s]);
 
-    int parity = 0;
-    for (int tile = static_cast<int>(blockIdx.x); tile < n_tiles; tile += static_cast<int>(gridDim.x), parity ^= 1) {
+    for (int at = first; at < end; at += 8) {
         float acc[4] = {};
         for (int step = 0; step < steps; step += STAGES) {
 #pragma unroll
@@ -156,19 +163,20 @@ __device__ __forceinline__ void gemv(const Rows& rows, const bf16* x, int m, int
             }
         }
         // One warp adds up all warps' sums. Two buffers and one barrier a tile: the others need not wait for it.
-        auto buffer = sums + parity * MAX_WARPS * 32;
+        auto buffer = sums + at / 8 % 2 * MAX_WARPS * 32;
         buffer[warp * 32 + lane] = Vec16{{float_to_bits(acc[0]), float_to_bits(acc[1]), float_to_bits(acc[2]), float_to_bits(acc[3])}};
         __syncthreads();
-        if (warp != tile / static_cast<int>(gridDim.x) % n_warps) continue;
+        if (warp != at / 8 % n_warps) continue;
         float sum[4] = {};
         for (int other = 0; other < n_warps; ++other) {
             Vec16 v = buffer[other * 32 + lane];
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[i] += bits_to_float(v.w[i]);
         }
+        const int pair = at + lane / 4;
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-            if (lane % 4 * 2 + j < m) rows.finish(tile, lane / 4, lane % 4 * 2 + j, sum[j], sum[2 + j]);
+            if (pair < end && lane % 4 * 2 + j < m) rows.finish(pair / 8, pair % 8, lane % 4 * 2 + j, sum[j], sum[2 + j]);
     }
 }
 

@@ -177,9 +177,9 @@ fn gemv_launch(tiles: usize, k: usize, sms: usize) -> Launch {
     let order = if tiles <= sms { [16, 8, 4] } else { [8, 16, 4] };
     let busy = |warps: &usize| *warps == 4 || *warps < 2 * k.div_ceil(256);
     let shape = |warps: usize| {
-        let rounds = tiles.div_ceil(sms * 16 / warps);
-        let grid = tiles.div_ceil(rounds);
-        (tiles.div_ceil(grid) * grid.div_ceil(sms), grid, warps)
+        let grid = (sms * 16 / warps).min(8 * tiles);
+        let of_a_block = (8 * tiles).div_ceil(grid).div_ceil(8);
+        (of_a_block * grid.div_ceil(sms), grid, warps)
     };
     // `min_by_key` keeps the first of equals.
     let best = order
@@ -200,15 +200,16 @@ mod tests {
     fn the_gemv_launch_rule_is_that_of_the_kernel_tests() {
         // (tiles, k, sms) → grid, threads, from running that file's `gemv_launch`.
         let cases = [
-            ((288, 3584, 132), (96, 512)),
-            ((224, 18944, 132), (224, 256)),
+            ((288, 3584, 132), (132, 512)),
+            ((224, 18944, 132), (264, 256)),
             ((2368, 3584, 132), (264, 256)),
             ((9504, 3584, 132), (264, 256)),
-            ((36, 576, 132), (36, 128)),
-            ((512, 14784, 132), (256, 256)),
-            ((20, 64, 4), (10, 128)),
-            ((4, 32, 4), (4, 128)),
-            ((33, 1536, 4), (11, 128)),
+            ((36, 576, 132), (288, 128)),
+            ((512, 14784, 132), (264, 256)),
+            ((56, 4864, 132), (132, 512)),
+            ((20, 64, 4), (16, 128)),
+            ((4, 32, 4), (16, 128)),
+            ((33, 1536, 4), (8, 256)),
         ];
         for ((tiles, k, sms), (grid, threads)) in cases {
             assert_eq!(

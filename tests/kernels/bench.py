@@ -99,10 +99,24 @@ SHAPES = [  # name, n, k, fused gate·up
 ]
 
 
+def whole_tiles(tiles, k, sms):
+    """The rule of gemv.cu with grids that divide the tiles: no block has a part of one."""
+    best = None
+    for warps in (16, 8, 4) if tiles <= sms else (8, 16, 4):
+        if warps > 4 and warps >= 2 * -(-k // 256):
+            continue
+        grid = -(-tiles // -(-tiles // (sms * 16 // warps)))
+        fullest = -(-tiles // grid) * -(-grid // sms)
+        if best is None or fullest < best[0]:
+            best = fullest, grid, 32 * warps
+    return best[1:]
+
+
 # Launch rules to compare: warps of a block, blocks a multiprocessor.
-RULES = {f"{warps} × {per_sm}": (lambda tiles, k, sms, w=warps, p=per_sm: (cases.balanced(tiles, sms * p), 32 * w))
+RULES = {f"{warps} × {per_sm}": (lambda tiles, k, sms, w=warps, p=per_sm: (min(sms * p, 8 * tiles), 32 * w))
          for warps, per_sm in ((16, 1), (8, 2), (4, 4))}
 RULES["rule"] = cases.gemv_launch
+RULES["whole tiles"] = whole_tiles
 
 
 def gemv_us(d, weights, m, n, k, fused, rule=cases.gemv_launch):

@@ -63,19 +63,14 @@ def norm_block(hidden):
     return min(1024, -(-hidden // 256) * 32)
 
 
-def balanced(tiles, slots):
-    """As many blocks as give each the same number of tiles, in as few rounds as the slots allow."""
-    return -(-tiles // -(-tiles // slots))
-
-
 def gemv_launch(tiles, k, sms):
     """The launch rule of gemv.cu: grid and block."""
     best = None
     for warps in (16, 8, 4) if tiles <= sms else (8, 16, 4):
         if warps > 4 and warps >= 2 * -(-k // 256):
             continue
-        grid = balanced(tiles, sms * 16 // warps)
-        fullest = -(-tiles // grid) * -(-grid // sms)
+        grid = min(sms * 16 // warps, 8 * tiles)
+        fullest = -(-8 * tiles // grid // 8) * -(-grid // sms)
         if best is None or fullest < best[0]:
             best = fullest, grid, 32 * warps
     return best[1:]
