@@ -27,6 +27,8 @@
 #   memcheck       kernels, a resident and an offloaded run          compute-sanitizer (COMPUTE_SANITIZER names another)
 #   racecheck      kernels                                           the same
 #   kernels_bench  every kernel's time beside its limit              python3 with torch
+#   many           4 and 8 GPUs: scaling of 7B, 32B and 72B in batches of 1, 8 and 64, logits on 3, 4 and 8 ranks, 72B in
+#                  20 GiB of each of 4; not among the parts that run unasked; give it --seconds 2000
 #
 # The end of each part is shown, the whole is in OUT_DIR/PART.log. Exit status 1 when a part fails.
 # shellcheck disable=SC2317,SC2329 # the parts are called by name
@@ -64,9 +66,9 @@ random=("$tandem" generate --device "$device" --weights random --temperature 0 -
 # Seconds a part may take, and lines of its end that are shown.
 declare -A limit=(
     [doctor]=40 [golden]=75 [gpu_tests]=150 [scaling]=120 [latency2]=150 [compare]=120 [numerics]=290 [offloaded]=120
-    [faults]=200 [slurm]=150 [kernels_check]=100 [memcheck]=150 [racecheck]=120 [kernels_bench]=200
+    [faults]=200 [slurm]=150 [kernels_check]=100 [memcheck]=150 [racecheck]=120 [kernels_bench]=200 [many]=2000
 )
-declare -A lines=([doctor]=40 [golden]=24 [numerics]=130 [faults]=40 [kernels_check]=40 [kernels_bench]=80)
+declare -A lines=([doctor]=40 [golden]=24 [numerics]=130 [faults]=40 [kernels_check]=40 [kernels_bench]=80 [many]=150)
 
 doctor() { "$tandem" doctor --measure; }
 gpu_tests() { "$libtest" gpu_ --ignored --test-threads 1 --nocapture; }
@@ -106,6 +108,20 @@ compared() {
 numerics() { compared numerics ${smollm2:+--smollm2 "$smollm2"}; }
 # From next to nothing resident to next to everything, on one rank.
 offloaded() { compared offloaded --shapes qwen2.5-7b,qwen3-8b --prompts 17,5000 --decode 24 --gpu-memory 1700MiB,2500MiB,4500MiB; }
+
+many() {
+    local n_gpus ranks='' n shape failed=0
+    n_gpus=$(nvidia-smi -L | grep -c '^GPU')
+    for n in 1 2 4 8; do [[ $n -gt $n_gpus ]] || ranks+=${ranks:+,}$n; done
+    for shape in 7b 32b 72b; do
+        bench "many-$shape" scaling --model "qwen2.5-$shape" --ranks "$ranks" --prompt-tokens 1024,4096 --batch 1,8,64 || failed=1
+    done
+    ranks=3,4
+    [[ $n_gpus -lt 8 ]] || ranks+=,8
+    compared many-numerics --shapes qwen2.5-7b,qwen2.5-0.5b,qwen2.5-72b --ranks "$ranks" || failed=1
+    "${random[@]}" --model qwen2.5-72b --ranks 4 --gpu-memory 20GiB --prompt-tokens 1024 --max-tokens 33 --json || failed=1
+    return "$failed"
+}
 
 slurm() {
     [[ -n $smollm2 ]] || fail "slurm needs --smollm2 DIR"
