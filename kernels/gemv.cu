@@ -118,7 +118,8 @@ __device__ __forceinline__ void gemv(const Rows& rows, const bf16* x, int m, int
 
     Piece w[STAGES];
     XPiece xs[STAGES];
-    const u64 n_pairs = static_cast<u64>(n_tiles) * 8;
+    // In 32 bits: 500 blocks may share 16 million rows.
+    const u32 n_pairs = static_cast<u32>(n_tiles) * 8;
     const int first = static_cast<int>(n_pairs * blockIdx.x / gridDim.x), end = static_cast<int>(n_pairs * (blockIdx.x + 1) / gridDim.x);
     Cursor<Rows> ahead(rows, first, end);
     auto load_w = [&](Piece& piece) {
