@@ -246,6 +246,9 @@ pub struct PlanArgs {
     /// Sequences at a time
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub batch: usize,
+    /// Measure this machine with as many ranks first, and predict by its rates (takes seconds)
+    #[arg(long)]
+    pub measure: bool,
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,

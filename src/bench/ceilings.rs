@@ -119,10 +119,16 @@ impl Ceilings {
         // A plan speaks of a node; the ranks of the first one are as good as any.
         let node = || self.ranks.iter().filter(|r| r.host == self.ranks[0].host);
         let sum = |of: fn(&RankCeilings) -> f64| Rate::measured(node().map(of).sum());
+        let both = |r: &RankCeilings| {
+            let beside = |g: GpuCeilings| g.link_beside_cores_gbs + g.cores_beside_link_gbs;
+            r.gpu.map_or(0.0, beside)
+        };
+        let together = gpu.is_some().then(|| sum(both));
         let mut rates = Rates {
             assumed_for: "this machine",
             gpu,
             host_read_gbs: sum(|r| r.host_read_gbs),
+            together_gbs: together,
             host_gemm_tflops: sum(|r| r.host_gflops / 1e3),
             ..assumed
         };
@@ -210,6 +216,8 @@ pub(super) mod tests {
             (rates.host_read_gbs.value, rates.host_gemm_tflops.value),
             (160.0, 4.0)
         );
+        // Links and cores while both are at work.
+        assert_eq!(rates.together_gbs.map(|r| r.value), Some(220.0));
         // The faster way of each size: 6 µs, and 10 MB more in 50 µs more.
         assert_eq!(
             (rates.all_reduce_us.value, rates.all_reduce_gbs.value),

@@ -31,7 +31,9 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
             false => write_stdout(&doctor::text(&report)),
         };
     }
-    let Some(measured) = session::probe(&everything())? else {
+    // One rank for each GPU.
+    let ranks = device_count().unwrap_or(0).max(1);
+    let Some(measured) = session::probe(&probe_args(Device::Auto, ranks))? else {
         return Ok(());
     };
     let (report, measured) = (&doctor::inspect(), &measured);
@@ -45,12 +47,11 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     ))
 }
 
-/// One rank for each GPU, unless a launcher has decided how many there are.
-fn everything() -> ProbeArgs {
-    let gpus = device_count().unwrap_or(0).max(1);
+/// So many ranks, unless a launcher has decided how many there are.
+pub(super) fn probe_args(device: Device, ranks: usize) -> ProbeArgs {
     ProbeArgs {
-        device: Device::Auto,
-        ranks: launched_rank().is_none().then_some(gpus),
+        device,
+        ranks: launched_rank().is_none().then_some(ranks),
         hidden: DEFAULT_HIDDEN,
         rendezvous_timeout: DEFAULT_TIMEOUT.as_secs(),
         rank: RankArgs {

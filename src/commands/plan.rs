@@ -1,10 +1,12 @@
-//! `tandem plan`: what every rank would hold and how fast it should be; pure, no GPU, no weights read.
+//! `tandem plan`: what every rank would hold and how fast it should be; no weights are read, and no GPU is needed unless it
+//! is to be measured.
 
 use crate::cli::{Device, PlanArgs};
 use crate::config::{ModelConfig, SHAPES, named_shape};
 use crate::model::check_tensors;
 use crate::output::{write_json, write_stdout};
 use crate::plan::{self, DeviceKind, Options, Plan, Rates};
+use crate::session;
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
 use serde::Serialize;
@@ -23,7 +25,7 @@ struct Report<'a> {
 /// Runs the command.
 ///
 /// # Errors
-/// An unknown shape, a bad folder, sizes that cannot be read, a request that cannot fit.
+/// An unknown shape, a bad folder, sizes that cannot be read, a request that cannot fit, a measurement that fails.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let (config, dtype) = match args.model.to_str().and_then(named_shape) {
         Some(config) if !args.model.exists() => {
@@ -43,7 +45,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             return Err(Error::file(&args.model, what));
         }
     };
-    let gpu_memory = args
+    let mut gpu_memory = args
         .gpu_memory
         .as_deref()
         .map(plan::bytes::parse)
@@ -58,11 +60,23 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     }
     let on_gpu =
         args.device == Device::Cuda || (args.device == Device::Auto && gpu_memory.is_some());
-    let device = if on_gpu {
+    let mut device = if on_gpu {
         DeviceKind::Cuda
     } else {
         DeviceKind::Cpu
     };
+    let mut rates = Rates::assumed(device, gpu_memory);
+    if args.measure {
+        let probe = super::doctor::probe_args(args.device, args.ranks);
+        let Some(measured) = session::probe(&probe)? else {
+            // Another rank: rank 0 says it all.
+            return Ok(());
+        };
+        (device, rates) = (measured.device(), measured.rates());
+        if device == DeviceKind::Cuda {
+            gpu_memory = gpu_memory.or(measured.ranks.iter().map(|r| r.memory).min());
+        }
+    }
     let request = plan::Request {
         dtype,
         max_seqs: args.batch,
@@ -71,7 +85,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             .unwrap_or(DEFAULT_CONTEXT.min(config.max_position_embeddings)),
         gpu_memory,
         host_memory,
-        rates: Rates::assumed(device, gpu_memory),
+        rates,
         ..plan::Request::new(
             &args.model.display().to_string(),
             &config,

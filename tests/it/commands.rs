@@ -445,6 +445,22 @@ fn plan_prints_a_table_and_json_for_shapes_and_folders() {
 }
 
 #[test]
+fn a_plan_by_measured_rates_comes_once_whatever_the_number_of_ranks() {
+    let mut run = tandem();
+    run.args(["plan", "--measure", "--device", "cpu", "--ranks", "2"]);
+    run.args(["--model", "smollm2-135m", "--json"]);
+    let value: Value = serde_json::from_str(&stdout(run)).unwrap();
+    let rates = &value["request"]["rates"];
+    for rate in ["host_read_gbs", "host_gemm_tflops", "all_reduce_us"] {
+        assert!(
+            rates[rate]["measured"] == true && rates[rate]["value"].as_f64().unwrap() > 0.0,
+            "{rate}: {rates}"
+        );
+    }
+    assert!(value["predicted"]["tpot_s"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
 fn doctor_and_completions_work_on_any_machine() {
     let run = |args: &[&str]| {
         let mut run = tandem();
