@@ -7,7 +7,7 @@ use crate::model::check_tensors;
 use crate::output::{write_json, write_stdout};
 use crate::plan::{self, DeviceKind, Options, Plan, Rates};
 use crate::session;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, Dtype};
 use crate::{Error, Result};
 use serde::Serialize;
 
@@ -27,34 +27,9 @@ struct Report<'a> {
 /// # Errors
 /// An unknown shape, a bad folder, sizes that cannot be read, a request that cannot fit, a measurement that fails.
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let (config, dtype) = match args.model.to_str().and_then(named_shape) {
-        Some(config) if !args.model.exists() => {
-            let dtype = config.dtype;
-            (config, dtype)
-        }
-        _ if args.model.is_dir() => {
-            let config = ModelConfig::from_dir(&args.model)?;
-            let dtype = check_tensors(&config, &Checkpoint::open(&args.model)?)?;
-            (config, dtype)
-        }
-        _ => {
-            let what = format!(
-                "neither a model folder nor a known shape ({})",
-                SHAPES.join(", ")
-            );
-            return Err(Error::file(&args.model, what));
-        }
-    };
-    let mut gpu_memory = args
-        .gpu_memory
-        .as_deref()
-        .map(plan::bytes::parse)
-        .transpose()?;
-    let host_memory = args
-        .host_memory
-        .as_deref()
-        .map(plan::bytes::parse)
-        .transpose()?;
+    let (config, dtype) = model_of(args)?;
+    let size = |given: &Option<String>| given.as_deref().map(plan::bytes::parse).transpose();
+    let (mut gpu_memory, host_memory) = (size(&args.gpu_memory)?, size(&args.host_memory)?);
     if args.ranks == 0 {
         return Err(Error::usage("--ranks 0: at least 1"));
     }
@@ -67,7 +42,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     };
     let mut rates = Rates::assumed(device, gpu_memory);
     if args.measure {
-        let probe = super::doctor::probe_args(args.device, args.ranks);
+        // A budget of GPU memory speaks of GPUs: without any, there is nothing to measure.
+        let on = if on_gpu { Device::Cuda } else { args.device };
+        let probe = super::doctor::probe_args(on, args.ranks);
         let Some(measured) = session::probe(&probe)? else {
             // Another rank: rank 0 says it all.
             return Ok(());
@@ -102,5 +79,25 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         })
     } else {
         write_stdout(&format!("{plan}\n{options}"))
+    }
+}
+
+/// The shape, and what its weights are stored as.
+fn model_of(args: &PlanArgs) -> Result<(ModelConfig, Dtype)> {
+    match args.model.to_str().and_then(named_shape) {
+        Some(config) if !args.model.exists() => {
+            let dtype = config.dtype;
+            Ok((config, dtype))
+        }
+        _ if args.model.is_dir() => {
+            let config = ModelConfig::from_dir(&args.model)?;
+            let dtype = check_tensors(&config, &Checkpoint::open(&args.model)?)?;
+            Ok((config, dtype))
+        }
+        _ => {
+            let known = SHAPES.join(", ");
+            let what = format!("neither a model folder nor a known shape ({known})");
+            Err(Error::file(&args.model, what))
+        }
     }
 }
