@@ -28,6 +28,7 @@
 // Not tried: splitting a few rows' long context over blocks (16 of 4096 above). On Hopper attention_prefill_wgmma.cu is used instead, with the
 // products that torch uses here.
 #include "common.cuh"
+#include "softmax.cuh"
 
 #ifndef PREFILL_WARPS
 #define PREFILL_WARPS 8
@@ -139,29 +140,12 @@ __device__ __forceinline__ void attention_prefill(const bf16* q, const bf16* k_c
                 for (int i = 0; i < 4; ++i)
                     if (tile * TILE + n * 8 + t * 2 + i % 2 > sees[i / 2]) scores[n][i] = NEG_INFINITY;
         }
+        float shrink[2];
+        soften(scores, high, sum, shrink, to_log2);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float peak = NEG_INFINITY;
+        for (int n = 0; n < D / 8; ++n)
 #pragma unroll
-            for (int n = 0; n < TILE / 8; ++n) peak = fmaxf(peak, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-            peak = fmaxf(quad_max(peak) * to_log2, high[r]);
-            // A row that sees nothing (it is past the end) keeps zeros instead of NaN.
-            float safe = peak == NEG_INFINITY ? 0.0f : peak, shrink = exp2_fast(high[r] - safe);
-            high[r] = peak;
-            sum[r] *= shrink;
-#pragma unroll
-            for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-                for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                    scores[n][i] = exp2_fast(scores[n][i] * to_log2 - safe);
-                    sum[r] += scores[n][i];
-                }
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                out[n][2 * r] *= shrink;
-                out[n][2 * r + 1] *= shrink;
-            }
-        }
+            for (int i = 0; i < 4; ++i) out[n][i] *= shrink[i / 2];
 #pragma unroll
         for (int c = 0; c < TILE / 16; ++c) {
             u32 p[4];

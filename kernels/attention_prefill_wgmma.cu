@@ -30,6 +30,7 @@
 //   * heads of 64: 2 warpgroups with tiles of 64 are 12% faster than what is here (95 µs), "early" 6%.
 // Not tried: barriers between two warpgroups alone, so that one multiplies while the other exponentiates; leaving the outputs unscaled where no
 // row's highest score has moved.
+#include "softmax.cuh"
 #include "wgmma.cuh"
 
 // Both can be changed for trials: 2 warpgroups with tiles of 64 or 128, 3 with 64, 96 or (D = 64) 128.
@@ -71,29 +72,6 @@ struct Part {
             cp_async16(tile + (at ^ i * ROWS % 8 * 8) + i * ROWS * 64, from + i * 256, row + i * ROWS < n_tokens);
     }
 };
-
-// Scores to probabilities, in units that the row's highest score so far makes 1 of; `shrink` is what older ones are now worth.
-__device__ __forceinline__ void soften(float (&scores)[TILE / 8][4], float (&high)[2], float (&sum)[2], float (&shrink)[2], float to_log2) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float peak = NEG_INFINITY;
-#pragma unroll
-        for (int n = 0; n < TILE / 8; ++n) peak = fmaxf(peak, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-        peak = fmaxf(quad_max(peak) * to_log2, high[r]);
-        // A row that sees nothing (it is past the end) keeps zeros instead of NaN.
-        const float safe = peak == NEG_INFINITY ? 0.0f : peak;
-        shrink[r] = exp2_fast(high[r] - safe);
-        high[r] = peak;
-        sum[r] *= shrink[r];
-#pragma unroll
-        for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-            for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                scores[n][i] = exp2_fast(scores[n][i] * to_log2 - safe);
-                sum[r] += scores[n][i];
-            }
-    }
-}
 
 // Probabilities as operands in registers, 16 tokens each.
 __device__ __forceinline__ void pack(u32 (&p)[TILE / 16][4], const float (&scores)[TILE / 8][4]) {

@@ -13,7 +13,8 @@
 // a constant error of every v, which does not average out over the tokens: at 700 tokens twice the error of all the rest (random weights).
 //
 // Measured on an H200 (driver 580, CUDA 13.0), 2026-11-23, tests/kernels/bench.py, 28 + 4 + 4 heads of 128 in a graph: 1 token 1.7 µs, 4096 tokens 46 µs
-// (1.6 TB/s: 4-byte accesses and a sine for each pair; not tuned, 1.3 ms of a 4096-token prefill of the 7B shape).
+// (1.6 TB/s: 4-byte accesses and a sine for each pair; not tuned, 1.3 ms of a 4096-token prefill of the 7B shape). That was with the product in
+// bf16; in f32 it is not timed yet.
 #include "common.cuh"
 #include "rope.cuh"
 

@@ -232,11 +232,16 @@ def moved_by_bf16(args, golden, model):
     return torch.cat(moved).quantile(0.99).item()
 
 
-def check_smollm2(args, ranks):
-    """The places where tandem's token is not float32's, and whether each is a tie to bf16; then the lines of the table."""
+def check_smollm2(args):
+    """A summary for each number of ranks."""
     golden = json.loads((Path(__file__).parent / "golden/smollm2/golden.json").read_text())["prompts"]
     model = AutoModelForCausalLM.from_pretrained(args.smollm2, dtype=torch.float32).to(args.device).eval()
     moved = moved_by_bf16(args, golden, model)
+    return [check_answers(args, golden, model, moved, ranks) for ranks in args.ranks]
+
+
+def check_answers(args, golden, model, moved, ranks):
+    """The places where tandem's token is not float32's, and whether each is a tie to bf16."""
     summary = dict(ranks=ranks, prompts=len(golden), tokens=0, equal_to_golden=0, moved_by_bf16=moved, places=[], errors=[])
     kept, longest = args.work / "smollm2.kept", max(len(prompt["token_ids"]) for prompt in golden.values())
     prompts = [prompt["prompt_token_ids"] for prompt in golden.values()]
@@ -298,14 +303,13 @@ def main():
     logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
     args.work = Path(tempfile.mkdtemp(prefix="tandem-numerics-", dir=args.work))
-    runs, left_out, smollm2 = [], [], []
+    runs, left_out = [], []
 
     def save():
         report = dict(bar=BAR, runs=runs, not_run=left_out, smollm2=smollm2, seconds=time.monotonic() - start)
         (args.out / "numerics.json").write_text(json.dumps(report, indent=1))
 
-    for ranks in args.ranks if args.smollm2 else []:
-        smollm2.append(check_smollm2(args, ranks))
+    smollm2 = check_smollm2(args) if args.smollm2 else []
     for shape in args.shapes:
         if time.monotonic() > until:
             left_out += [f"{shape} on {ranks}" for ranks in args.ranks]

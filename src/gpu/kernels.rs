@@ -45,6 +45,7 @@ pub const HEADERS: &[Header] = &[
     header!("common"),
     header!("rope"),
     header!("rows"),
+    header!("softmax"),
     header!("wgmma"),
 ];
 

@@ -183,7 +183,7 @@ struct Batch {
 impl Loader<'_> {
     /// Every thread reads into two small slots of its own, one while the other is copied: no thread waits for another, and
     /// what was just read is still in the cache when it is copied. All slots are locked at once and lie in huge pages:
-    /// where every thread asked the driver for its own, two ranks placed 29 GB/s each instead of 45.
+    /// where every thread asked the driver for its own, two processes placed whole files at 29 GB/s each instead of 45.
     fn onto_device(
         &mut self,
         driver: &Arc<dyn Driver>,

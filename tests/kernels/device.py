@@ -12,7 +12,7 @@ import tempfile
 import torch
 
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels"
-HEADERS = ["common.cuh", "rope.cuh", "rows.cuh", "wgmma.cuh"]
+HEADERS = ["common.cuh", "rope.cuh", "rows.cuh", "softmax.cuh", "wgmma.cuh"]
 
 
 def arguments(args):
