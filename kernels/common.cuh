@@ -174,6 +174,11 @@ __device__ __forceinline__ u32 atomic_add(u32* p, u32 v) {
     return old;
 }
 
+// Sets bits of a word of shared memory that other threads set others in.
+__device__ __forceinline__ void or_shared(u32* p, u32 bits) {
+    asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(shared_address(p)), "r"(bits) : "memory");
+}
+
 // Memory shared with other GPUs: never cached in L1, halves of 8 bytes whole.
 __device__ __forceinline__ void store_marked(MarkedWords* p, MarkedWords v) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.first), "r"(v.first_mark), "r"(v.second), "r"(v.second_mark)

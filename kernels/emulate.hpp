@@ -185,10 +185,12 @@ struct Cell {
     uint32_t write_epoch = 0, write_warp_epoch = 0;
     uint32_t read_epoch = 0, read_warp_epoch = 0;
     uint32_t proxy_fences = 0;  // of the writer, before it wrote
-    uint16_t writer = 0, reader = 0;  // thread + 1; reader may be SEVERAL or IN_WARP + warp
+    uint16_t writer = 0, reader = 0;  // thread + 1; SEVERAL where they combined; reader may be SEVERAL or IN_WARP + warp
     bool copying = false;
 };
 constexpr uint16_t SEVERAL = 0xffff, IN_WARP = 0x8000;
+
+enum class Access { Read, Write, Combine };
 
 struct SharedArray {
     int site;
@@ -311,17 +313,18 @@ class Machine {
     }
     SharedArray dynamic_array() { return {-1, 0, dynamic_bytes_}; }
 
-    void* check_shared(uint32_t offset, uint32_t begin, uint32_t end, uint32_t bytes, bool write) {
+    void* check_shared(uint32_t offset, uint32_t begin, uint32_t end, uint32_t bytes, Access access) {
         if (offset < begin || offset + bytes > end || end > shared_.size())
-            fail("%s shared memory at byte %d of an array of %u bytes", write ? "writes" : "reads", int(offset - begin), end - begin);
+            fail("%s shared memory at byte %d of an array of %u bytes", access == Access::Read ? "reads" : "writes", int(offset - begin), end - begin);
         if (offset % bytes != 0) fail("shared memory at byte %u is not aligned to %u bytes", offset - begin, bytes);
-        for (uint32_t i = offset / 2; i < (offset + bytes) / 2; ++i) write ? wrote(cells_[i], offset - begin) : read(cells_[i], offset - begin);
+        auto touch = access == Access::Read ? &Machine::read : access == Access::Write ? &Machine::wrote : &Machine::combined;
+        for (uint32_t i = offset / 2; i < (offset + bytes) / 2; ++i) (this->*touch)(cells_[i], offset - begin);
         return &shared_[offset];
     }
 
     void copy_async(uint32_t offset, uint32_t begin, uint32_t end, const void* global, bool valid) {
         Thread& t = threads_[current_];
-        check_shared(offset, begin, end, 16, true);
+        check_shared(offset, begin, end, 16, Access::Write);
         PendingCopy copy{offset, t.groups, {}};
         if (valid) {
             check_global(global, 16, false);
@@ -510,6 +513,13 @@ class Machine {
         c.write_warp_epoch = warp_epoch_[current_ / 32];
         c.reader = 0;
     }
+    // An atomic operation: in the way of reads and writes, and of no other of its kind.
+    void combined(Cell& c, uint32_t byte) {
+        if (c.block != serial_ || c.writer == 0) fail("combines with shared memory that nobody wrote (byte %u of its array)", byte);
+        if (c.writer == SEVERAL && c.write_epoch == epoch_) return;
+        wrote(c, byte);
+        c.writer = SEVERAL;
+    }
 };
 
 inline Machine& machine() {
@@ -523,11 +533,11 @@ struct Ref {
     uint32_t offset, begin, end;
     operator T() const {
         T v;
-        memcpy(&v, machine().check_shared(offset, begin, end, sizeof(T), false), sizeof(T));
+        memcpy(&v, machine().check_shared(offset, begin, end, sizeof(T), Access::Read), sizeof(T));
         return v;
     }
     T operator=(T v) const {
-        memcpy(machine().check_shared(offset, begin, end, sizeof(T), true), &v, sizeof(T));
+        memcpy(machine().check_shared(offset, begin, end, sizeof(T), Access::Write), &v, sizeof(T));
         return v;
     }
     T operator=(const Ref& other) const { return *this = T(other); }
@@ -774,6 +784,9 @@ inline int max(int a, int b) {
 inline u32 atomic_add(u32* p, u32 v) {
     emulate::machine().check_global(p, 4, true);
     return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+inline void or_shared(SharedPtr<u32> p, u32 bits) {
+    *static_cast<u32*>(emulate::machine().check_shared(p.offset, p.begin, p.end, 4, emulate::Access::Combine)) |= bits;
 }
 inline void store_marked(MarkedWords* p, MarkedWords v) {
     emulate::machine().check_global(p, 16, true);

@@ -50,9 +50,10 @@
 // On H100s, whole steps as `tandem bench` has them (2026-11-25, context 1024, read rate 3.08 TB/s): 7B 5.23 ms, 88% of the floor; half of 7B with its
 // sums over two ranks 2.89 ms, 80%; half of 72B 26.2 ms, 88%.
 //
-// All of that with whole tiles handed to blocks. Pairs of rows instead, expected from it: time in proportion to the fullest multiprocessor, so
-// 3584×18944 35.7 → 31 µs, 4608×3584 (96 blocks of 3 tiles) 10.0 → 7.9, half of it 6.4 → 4.5, and 8 of 100 of a 7B step. Not measured yet: the
-// variant "whole tiles" in bench.py is the launch that gives the old division.
+// All of that with whole tiles handed to blocks. Pairs of rows instead were expected to take 8 of 100 off a 7B step (3584×18944 35.7 → 31 µs). On an
+// H200 of 4.61 TB/s (2026-11-25): 3710 → 3642 µs, 2 of 100, 85% of the floor; 3584×18944 35.9 → 33.5 µs, 8192×14784 59.4 → 59.1; half of 7B 2041 →
+// 2052 µs, half of 72B 17747 → 17310 µs, 90%. 4608×3584 (11.4 against 10.7 µs) and 5120×8192 (21.6 against 23.4) disagree. Of the 560 µs above the
+// floor, 250 are gate·up's (64 µs a layer, 92%), the rest is spread over the small products, of which none passes 73%.
 //
 // Tried:
 //   * L2 hint of the loads, with the first rule, expected nothing: 128B 87 to 99% of the floor at the shapes above 100 MB, 256B 84 to 96%,

@@ -6,9 +6,9 @@
 //     n_known ≥ 1; n_parts such that every part has a token: ceil(n_known / (4 · block)) is the choice.
 //   sample_join(part_max, part_id, part_sum, n_parts, first_id, joined 32-bit [3][n_rows]: maxima, ids, sums)
 //     grid (n_rows), block 32. One rank's parts, each [n_rows, n_parts], as one; ids count from first_id. n_parts ≥ 0.
-//   sample_reduce(part_max, part_id, part_sum, n_parts, part_stride, row_stride, token u32 [n_rows], max_logit f32 [n_rows],
-//                 sum f32 [n_rows]: of exp(logit - max_logit))
-//     grid (n_rows), block 32. Part p of row r is element p · part_stride + r · row_stride of each array: (1, n_parts) behind
+//   sample_reduce(part_max, part_id, part_sum, n_parts, part_stride, row_stride, token u32 [n_rows], logit f32 [n_rows],
+//                 max_logit f32 [n_rows], sum f32 [n_rows]: of exp(logit - max_logit))
+//     grid (n_rows), block 32. `logit` is the token's, and so the maximum too, until candidates.cu draws another one. Part p of row r is element p · part_stride + r · row_stride of each array: (1, n_parts) behind
 //     sample_partial, (3 · n_rows, 1) behind the gathered [n_ranks][3][n_rows] of sample_join.
 //
 // Numerics: the logarithm of the sum is left to the host, where adding the maximum costs no bits. Ties go to the lowest id. NaN logits are passed over; a row of nothing but NaN gives token 0. f32 sums in an order
@@ -106,12 +106,13 @@ extern "C" __global__ void sample_join(const float* part_max, const u32* part_id
 }
 
 extern "C" __global__ void sample_reduce(const float* part_max, const u32* part_id, const float* part_sum, int n_parts, int part_stride, int row_stride,
-                                         u32* token, float* max_logit, float* sum) {
+                                         u32* token, float* logit, float* max_logit, float* sum) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     Best b = merge_parts(part_max, part_id, part_sum, static_cast<u64>(blockIdx.x) * row_stride, n_parts, part_stride);
     if (lane_id() != 0) return;
     store(token + blockIdx.x, b.id == 0xffffffffu ? 0u : b.id);
+    store(logit + blockIdx.x, b.max);
     store(max_logit + blockIdx.x, b.max);
     store(sum + blockIdx.x, b.sum);
 }

@@ -3,7 +3,7 @@
 use super::protocol::{SeqId, StepPlan};
 use super::sampler::{Sampler, SamplingParams, log_sum_exp};
 use crate::model::{
-    Activations, Backend, Batch, BatchSeq, BlockPool, CHOSEN, Choice, Fetch, Qwen, forward,
+    Activations, Backend, Batch, BatchSeq, BlockPool, CHOSEN, Choice, Draw, Fetch, Qwen, forward,
 };
 use crate::{Error, Result};
 use std::collections::{HashMap, VecDeque};
@@ -146,6 +146,7 @@ impl<B: Backend> Replica<B> {
             return Ok(false);
         }
         let finishing = self.make_batch(plan)?;
+        let on_device = self.leave_to_device(&finishing);
         self.n_steps += 1;
         forward(
             &mut self.backend,
@@ -153,9 +154,7 @@ impl<B: Backend> Replica<B> {
             &mut self.activations,
             &self.batch,
         )?;
-        if self.left_to_device(&finishing)
-            && let Some(fetch) = self.backend.fetch_choices()?
-        {
+        if on_device && let Some(fetch) = self.backend.fetch_choices()? {
             self.begun_on_device(finishing, fetch);
             return Ok(true);
         }
@@ -204,14 +203,23 @@ impl<B: Backend> Replica<B> {
         self.backend.read_logits(&self.activations.logits)
     }
 
-    /// Whether every token that a step produces is the plain argmax, which needs no host.
-    fn left_to_device(&self, finishing: &[SeqId]) -> bool {
-        let plain = |id| {
-            self.sequences
-                .get(id)
-                .is_none_or(|s| s.sampling.is_plain_argmax())
-        };
-        self.kept.is_none() && !finishing.is_empty() && finishing.iter().all(plain)
+    /// Whether a device can choose every token that the step produces; then the batch says how.
+    fn leave_to_device(&mut self, finishing: &[SeqId]) -> bool {
+        self.batch.draws.clear();
+        if self.kept.is_some() || finishing.is_empty() {
+            return false;
+        }
+        for s in finishing.iter().filter_map(|id| self.sequences.get(id)) {
+            let Some(draw) = s.sampling.draw(s.len()) else {
+                self.batch.draws.clear();
+                return false;
+            };
+            self.batch.draws.push(draw);
+        }
+        if self.batch.draws.iter().all(Draw::is_plain_argmax) {
+            self.batch.draws.clear();
+        }
+        true
     }
 
     fn begun_on_device(&mut self, finishing: Vec<SeqId>, fetch: Fetch) {
@@ -291,13 +299,10 @@ impl<B: Backend> Replica<B> {
         Ok(finishing)
     }
 
-    /// Chooses on the host, from the most likely tokens where those decide.
+    /// Chooses on the host.
     fn sample(&mut self, finishing: &[SeqId]) -> Result<Vec<Sampled>> {
         if finishing.is_empty() {
             return Ok(Vec::new());
-        }
-        if let Some(choices) = self.sample_among_few(finishing)? {
-            return self.take_in(finishing, &choices);
         }
         let known = self.n_tokens_known;
         let sequences = &self.sequences;
@@ -321,32 +326,6 @@ impl<B: Backend> Replica<B> {
         });
         let choices: Vec<Choice> = choices.collect();
         self.take_in(finishing, &choices)
-    }
-
-    fn sample_among_few(&mut self, finishing: &[SeqId]) -> Result<Option<Vec<Choice>>> {
-        let sequences = &self.sequences;
-        let few = |id| sequences.get(id).is_some_and(|s| s.sampling.looks_at_few());
-        // Rows that are to be kept have to be fetched whole.
-        if self.kept.is_some() || !finishing.iter().all(few) {
-            return Ok(None);
-        }
-        let Some(rows) = self.backend.candidates(&self.activations.logits)? else {
-            return Ok(None);
-        };
-        let choices = finishing.iter().zip(&rows).map(|(id, row)| {
-            let s = sequences.get(id)?;
-            let (likely, position) = (&row.tokens, s.tokens.len());
-            let token = self
-                .sampler
-                .sample_among(likely, &s.tokens, &s.sampling, position)?;
-            let &(logit, _) = likely.iter().find(|c| c.1 == token)?;
-            Some(Choice {
-                token,
-                logit,
-                log_sum_exp: row.log_sum_exp,
-            })
-        });
-        Ok(choices.collect())
     }
 
     /// Appends what was chosen to the sequences that still run.

@@ -1,9 +1,10 @@
 //! From a row of logits to a token: penalty, temperature, top-k, top-p, min-p, in the order of transformers' `generate`.
 //!
 //! The random draw is a function of the seed and the token's position alone. Every rank holds the same logits and so
-//! draws the same token; nothing needs to be sent back.
+//! draws the same token; nothing needs to be sent back. A GPU draws by itself (`kernels/candidates.cu`) where a token is
+//! one of the most likely few; what is here then says only how.
 
-use crate::model::CANDIDATES;
+use crate::model::{CANDIDATES, Draw};
 use serde::{Deserialize, Serialize};
 
 /// How tokens are chosen.
@@ -38,19 +39,21 @@ impl SamplingParams {
 }
 
 impl SamplingParams {
-    /// Whether a few of the most likely tokens decide, most of the time: not where `top_k` keeps many or all.
-    pub fn looks_at_few(&self) -> bool {
-        let k = if self.temperature == 0.0 {
+    /// How a device draws the token for `position`; `None` where all tokens are in question, not only the most likely few.
+    pub fn draw(&self, position: usize) -> Option<Draw> {
+        let top_k = if self.temperature == 0.0 {
             1
         } else {
             self.top_k
         };
-        (1..CANDIDATES).contains(&k) && self.repetition_penalty >= 1.0
-    }
-
-    /// Whether the token is the argmax of the logits as they are.
-    pub fn is_plain_argmax(&self) -> bool {
-        self.temperature == 0.0 && self.repetition_penalty == 1.0
+        (1..=CANDIDATES).contains(&top_k).then(|| Draw {
+            temperature: self.temperature,
+            top_k: top_k as u32,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            uniform: uniform(self.seed, position as u64) as f32,
+        })
     }
 }
 
@@ -60,8 +63,6 @@ pub struct Sampler {
     /// (logit or probability, token), the survivors of the filters.
     candidates: Vec<(f32, u32)>,
     logits: Vec<f32>,
-    /// Bit `t` is set where token `t` is in the history.
-    seen: Vec<u64>,
 }
 
 impl Sampler {
@@ -81,78 +82,6 @@ impl Sampler {
         }
         self.filter(params);
         self.draw(params, position)
-    }
-
-    /// As [`Sampler::sample`], from the most likely tokens alone; `None` where those do not decide.
-    ///
-    /// A penalty only ever lowers a logit, so what is not among `most_likely` is no higher than the last of them: above
-    /// that, nothing is missing.
-    pub fn sample_among(
-        &mut self,
-        most_likely: &[(f32, u32)],
-        history: &[u32],
-        params: &SamplingParams,
-        position: usize,
-    ) -> Option<u32> {
-        if !params.looks_at_few() {
-            return None;
-        }
-        let greedy = params.temperature == 0.0;
-        let (k, temperature) = match greedy {
-            true => (1, 1.0),
-            false => (params.top_k, params.temperature),
-        };
-        self.see(history, params.repetition_penalty);
-        let seen = |t: u32| {
-            self.seen
-                .get(t as usize / 64)
-                .is_some_and(|w| w >> (t % 64) & 1 == 1)
-        };
-        let c = &mut self.candidates;
-        c.clear();
-        c.extend(most_likely.iter().map(|&(l, t)| {
-            let l = if seen(t) {
-                penalised(l, params.repetition_penalty)
-            } else {
-                l
-            };
-            (l / temperature, t)
-        }));
-        if most_likely.len() == CANDIDATES {
-            let floor = most_likely.last()?.0 / temperature;
-            let (_, kth, _) = c.select_nth_unstable_by(k - 1, most_likely_first);
-            if kth.0.partial_cmp(&floor) != Some(std::cmp::Ordering::Greater) {
-                return None;
-            }
-        }
-        if greedy {
-            // As `argmax` has it: the first of the largest.
-            let first = |a: &(f32, u32), b: &(f32, u32)| {
-                b.0.partial_cmp(&a.0).map(|o| o.then(a.1.cmp(&b.1)))
-            };
-            return c
-                .iter()
-                .copied()
-                .min_by(|a, b| first(a, b).unwrap_or(std::cmp::Ordering::Equal))
-                .map(|c| c.1);
-        }
-        self.narrow(params);
-        Some(self.draw(params, position))
-    }
-
-    /// Notes which tokens the penalty is for.
-    fn see(&mut self, history: &[u32], penalty: f32) {
-        self.seen.fill(0);
-        if penalty == 1.0 {
-            return;
-        }
-        for &t in history {
-            let word = t as usize / 64;
-            if word >= self.seen.len() {
-                self.seen.resize(word + 1, 0);
-            }
-            self.seen[word] |= 1 << (t % 64);
-        }
     }
 
     fn draw(&self, params: &SamplingParams, position: usize) -> u32 {
@@ -311,49 +240,6 @@ mod tests {
             temperature,
             ..SamplingParams::greedy()
         }
-    }
-
-    /// What the device finds: the most likely ones of all.
-    fn most_likely(logits: &[f32]) -> Vec<(f32, u32)> {
-        let mut all: Vec<_> = logits.iter().copied().zip(0..).collect();
-        all.sort_by(most_likely_first);
-        all.truncate(CANDIDATES);
-        all
-    }
-
-    #[test]
-    fn a_few_candidates_give_the_token_of_all_logits_or_none() {
-        let mut sampler = Sampler::default();
-        let (mut decided, mut undecided) = (0, 0);
-        for round in 0..600u64 {
-            let draw = |i: u64| uniform(round, i) as f32;
-            let n = if round % 7 == 0 { 40 } else { 1000 };
-            // Few different values make ties; a steep row leaves no doubt, a flat one much.
-            let steep = [2.0, 8.0, 30.0][round as usize % 3];
-            let logits: Vec<f32> = (0..n)
-                .map(|i| ((draw(i) - 0.4) * steep * 8.0).round() / 8.0)
-                .collect();
-            let history: Vec<u32> = (0..50)
-                .map(|i| (draw(5000 + i) * n as f32) as u32)
-                .collect();
-            let params = SamplingParams {
-                temperature: [0.0, 0.7, 1.3][(round / 3) as usize % 3],
-                top_k: [1, 20, 63, 64, 0][(round / 9) as usize % 5],
-                top_p: [1.0, 0.8][(round / 2) as usize % 2],
-                min_p: [0.0, 0.05][(round / 4) as usize % 2],
-                repetition_penalty: [1.0, 1.05, 1.5, 0.9][(round / 5) as usize % 4],
-                seed: round,
-            };
-            let want = sampler.sample(&logits, &history, &params, 77);
-            match sampler.sample_among(&most_likely(&logits), &history, &params, 77) {
-                Some(token) => {
-                    decided += 1;
-                    assert_eq!(token, want, "{round} {params:?}");
-                }
-                None => undecided += 1,
-            }
-        }
-        assert!(decided > 150 && undecided > 100, "{decided} {undecided}");
     }
 
     #[test]

@@ -4,8 +4,9 @@ use super::candidates;
 use super::driver::{DevicePtr, Driver};
 use super::geometry::Geometry;
 use super::memory::DeviceBuffer;
+use super::step::DRAW_WORDS;
 use crate::Result;
-use crate::model::{CANDIDATES, Limits};
+use crate::model::{CANDIDATES, KV_BLOCK, Limits};
 use std::sync::Arc;
 
 /// Every buffer begins at a multiple of this.
@@ -61,6 +62,7 @@ impl StepBuffers {
             ("sample_local", 3 * s * 4),
             ("sample_ranks", 3 * s * g.vocab.len() * 4),
             ("chosen", chosen_bytes(limits)),
+            ("history", limits.n_kv_blocks * KV_BLOCK * 4),
             ("candidates_even", even),
             ("candidates_odd", odd),
             ("candidates_ranks", gathered_lists),
@@ -94,9 +96,9 @@ pub fn sample_parts(n: usize) -> usize {
     n.div_ceil(1024)
 }
 
-/// Token, logit and sum of exp(logit - that logit) of each row, as sampled: three arrays of 32-bit words, one for all rows of a step each.
+/// Token, its logit, the largest logit and the sum of exp(logit - that one) of each row, as chosen: four arrays of 32-bit words.
 pub fn chosen_bytes(limits: &Limits) -> usize {
-    3 * limits.max_logit_rows * 4
+    4 * limits.max_logit_rows * 4
 }
 
 /// Such parts of all sequences together that one decode step may have.
@@ -104,10 +106,11 @@ pub fn attention_parts(g: &Geometry, max_seqs: usize, sm_count: usize) -> usize 
     max_splits(g, sm_count) + max_seqs
 }
 
-/// 32-bit words of a step's description: tokens, positions, slots, sequences of four words each, wanted rows, and the
-/// block tables back to back.
+/// 32-bit words of a step's description: tokens, positions, slots, sequences of four words each, wanted rows, the block
+/// tables back to back, and behind a gap the draws.
 pub fn batch_words(limits: &Limits) -> usize {
-    7 * limits.max_step_tokens + limits.max_logit_rows + limits.n_kv_blocks
+    let draws = 4 + DRAW_WORDS * limits.max_logit_rows;
+    7 * limits.max_step_tokens + limits.max_logit_rows + limits.n_kv_blocks + draws
 }
 
 /// The allocation, handed out front to back by the list.

@@ -18,7 +18,7 @@ use super::sampling::Fetching;
 use super::step::Step;
 use crate::Result;
 use crate::config::ModelConfig;
-use crate::model::{Activations, Backend, Batch, CANDIDATES, Candidates, Choice, Fetch, Layer};
+use crate::model::{Activations, Backend, Batch, Choice, Fetch, Layer};
 use std::sync::Arc;
 
 /// A step buffer: rows of `cols` elements in the arena.
@@ -101,8 +101,7 @@ impl GpuBackend {
         let arena = Arena::new(&driver, &buffers)?;
         let cache = DeviceBuffer::new(&driver, kv_bytes(&g, limits.n_kv_blocks), "KV cache")?;
         let (inv_freq, rope_scale) = config.rope.inv_freq(g.head_dim);
-        // Candidates of a tiny vocabulary take more room than its logits.
-        let n_logits = limits.max_logit_rows * config.vocab_size.max(2 * CANDIDATES);
+        let n_logits = limits.max_logit_rows * config.vocab_size;
         let at = |name: &str, cols: usize| GpuBuf {
             ptr: arena.get(name),
             cols,
@@ -274,6 +273,8 @@ impl Backend for GpuBackend {
             table.host_ptr,
             tokens,
             self.arena.get("chosen"),
+            self.step.slots,
+            self.arena.get("history"),
             partial.ptr,
             x.ptr,
             g.hidden,
@@ -399,8 +400,8 @@ impl Backend for GpuBackend {
         {
             offload.end_recording()?;
         }
-        // Nothing of a forward pass comes after it.
-        self.graphs.end()
+        self.graphs.end()?;
+        self.draw()
     }
 
     fn fetch_choices(&mut self) -> Result<Option<Fetch>> {
@@ -409,10 +410,6 @@ impl Backend for GpuBackend {
 
     fn choices(&mut self, fetch: Fetch) -> Result<Vec<Choice>> {
         self.end_fetch(fetch)
-    }
-
-    fn candidates(&mut self, _: &GpuBuf) -> Result<Option<Vec<Candidates>>> {
-        self.most_likely().map(Some)
     }
 
     fn read_logits<'a>(&'a mut self, logits: &'a GpuBuf) -> Result<&'a [f32]> {

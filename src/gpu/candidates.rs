@@ -1,9 +1,11 @@
-//! The most likely tokens of each row, for sampling on the host without moving the vocabulary there.
+//! Draws: of each row's most likely tokens, found over all ranks' parts of the vocabulary, one becomes the step's choice.
+//!
+//! Behind the step's graph, not in it: fewer graphs, and the host, a step ahead, has the time for some launches.
 
 use super::backend::GpuBackend;
 use super::driver::{DevicePtr, Function, Launch, args};
 use crate::Result;
-use crate::model::{CANDIDATES, Candidates};
+use crate::model::CANDIDATES;
 
 /// Keys that a block of `candidates.cu` looks through.
 const BLOCK: usize = 1024;
@@ -20,17 +22,16 @@ pub fn buffer_bytes(n: usize, rows: usize) -> [usize; 2] {
 }
 
 impl GpuBackend {
-    /// The most likely known tokens of each wanted row of the step begun last.
+    /// Enqueues the draws of the step's wanted rows, in place of the most likely tokens.
     ///
     /// # Errors
-    /// Those of the driver, and a lost rank.
-    pub(super) fn most_likely(&mut self) -> Result<Vec<Candidates>> {
+    /// Those of the driver and the collective.
+    pub(super) fn draw(&mut self) -> Result<()> {
         let s = self.step.n_wanted;
-        if s == 0 {
-            return Ok(Vec::new());
-        }
-        let fetch = self.start_fetch()?;
-        let mut list = self.local_candidates(s)?;
+        let Some(draws) = self.step.draws else {
+            return Ok(());
+        };
+        let mut list = self.local_candidates(s, draws)?;
         let ranks = self.g.vocab.len();
         if ranks > 1 {
             let counts = vec![2 * CANDIDATES * s; ranks];
@@ -41,24 +42,15 @@ impl GpuBackend {
             let from = (all, ranks * CANDIDATES, s * CANDIDATES, CANDIDATES);
             self.merge_candidates(from, list, s)?;
         }
-        let bytes = 8 * CANDIDATES * s;
-        let at = self.arena.offset(list);
-        let memory = self.arena.memory();
-        self.logits_host
-            .download(0..bytes, memory, at, self.stream)?;
-        self.synchronize()?;
-        let choices = self.end_fetch(fetch)?;
-        let words: &[u32] = bytemuck::cast_slice(&self.logits_host.as_slice()[..bytes]);
-        let lists = words.chunks(2 * CANDIDATES).zip(&choices);
-        let candidates = lists.map(|(words, choice)| Candidates {
-            tokens: words.as_chunks().0.iter().map_while(token_of).collect(),
-            log_sum_exp: choice.log_sum_exp,
-        });
-        Ok(candidates.collect())
+        let token = self.arena.get("chosen");
+        let logit = token.offset(4 * self.limits.max_logit_rows);
+        let (one_warp_each, args) = (Launch::linear(s, 32), args![list, draws, token, logit]);
+        let kernel = self.kernels.draw;
+        self.kernels.run(kernel, &one_warp_each, &args, self.stream)
     }
 
     /// Enqueues the search among this rank's logits; where the lists will be, one for each row.
-    fn local_candidates(&mut self, s: usize) -> Result<DevicePtr> {
+    fn local_candidates(&mut self, s: usize, draws: DevicePtr) -> Result<DevicePtr> {
         let mut buffers = [
             self.arena.get("candidates_even"),
             self.arena.get("candidates_odd"),
@@ -73,7 +65,19 @@ impl GpuBackend {
             return Ok(buffers[0]);
         }
         let (ld, first_id) = (self.g.vocab_local(), self.g.first_row);
-        let args = args![self.logits_local, known, ld, first_id, buffers[0]];
+        let (seqs, tables) = (self.step.seqs, self.step.tables);
+        let history = self.arena.get("history");
+        let args = args![
+            self.logits_local,
+            known,
+            ld,
+            first_id,
+            draws,
+            seqs,
+            tables,
+            history,
+            buffers[0]
+        ];
         let mut n_lists = lists(known);
         self.run_candidates(self.kernels.candidates, n_lists, s, &args)?;
         while n_lists > 1 {
@@ -110,17 +114,4 @@ impl GpuBackend {
         };
         self.kernels.run(kernel, &launch, args, self.stream)
     }
-}
-
-/// Logit and id of a key of `candidates.cu`; `None` for the padding.
-fn token_of(&[low, high]: &[u32; 2]) -> Option<(f32, u32)> {
-    if (low, high) == (0, 0) {
-        return None;
-    }
-    let bits = if high >> 31 == 1 {
-        high & !(1 << 31)
-    } else {
-        !high
-    };
-    Some((f32::from_bits(bits), !low))
 }

@@ -95,6 +95,8 @@ pub struct Kernels {
     pub candidates: Function,
     /// `candidates.cu`
     pub candidates_merge: Function,
+    /// `candidates.cu`
+    pub draw: Function,
     /// `attention_prefill.cu` or `attention_prefill_wgmma.cu`
     pub attention_prefill: PrefillAttention,
     /// `attention_decode.cu`
@@ -132,6 +134,7 @@ impl Kernels {
             sample_reduce: get(&kernels::SAMPLE, "sample_reduce")?,
             candidates: get(&kernels::CANDIDATES, "candidates")?,
             candidates_merge: get(&kernels::CANDIDATES, "candidates_merge")?,
+            draw: get(&kernels::CANDIDATES, "draw")?,
             attention_prefill: PrefillAttention::new(driver, head_dim)?,
             attention_decode: by_width(&kernels::ATTENTION_DECODE, "attention_decode")?,
             attention_combine: by_width(&kernels::ATTENTION_DECODE, "attention_combine")?,

@@ -1,5 +1,5 @@
-//! From logits on the device to a choice: the vocabulary-parallel search in the step itself, its way to the host, and the
-//! gathered rows.
+//! From logits on the device to a choice: the vocabulary-parallel search for the most likely token in the step itself, the
+//! way of what was chosen to the host, and the gathered rows.
 
 use super::arena;
 use super::backend::{GpuBackend, GpuBuf, wait_for};
@@ -66,11 +66,11 @@ impl GpuBackend {
         let one_warp_each = Launch::linear(s, 32);
         let token = self.arena.get("chosen");
         let stride = 4 * self.limits.max_logit_rows;
-        let (logit, sum) = (token.offset(stride), token.offset(2 * stride));
+        let [logit, max, sum] = [1, 2, 3].map(|i| token.offset(i * stride));
         let reduce = self.kernels.sample_reduce;
         if ranks == 1 {
             let args = args![
-                parts, ids, sums, n_parts, 1usize, n_parts, token, logit, sum
+                parts, ids, sums, n_parts, 1usize, n_parts, token, logit, max, sum
             ];
             return self.launch(reduce, &one_warp_each, &args);
         }
@@ -84,7 +84,7 @@ impl GpuBackend {
         // SAFETY: the arena outlives the stream's work.
         unsafe { self.comm.all_gather(local, &counts, all, self.stream) }?;
         let (ids, sums) = (all.offset(4 * s), all.offset(8 * s));
-        let args = args![all, ids, sums, ranks, 3 * s, 1usize, token, logit, sum];
+        let args = args![all, ids, sums, ranks, 3 * s, 1usize, token, logit, max, sum];
         self.launch(reduce, &one_warp_each, &args)
     }
 
@@ -132,11 +132,11 @@ impl GpuBackend {
         let stride = self.limits.max_logit_rows;
         let float = |at: usize| f32::from_bits(words[at]);
         let choice = |row: usize| {
-            let (logit, sum) = (float(stride + row), float(2 * stride + row));
+            let [logit, max, sum] = [1, 2, 3].map(|i| float(i * stride + row));
             Choice {
                 token: words[row],
                 logit,
-                log_sum_exp: f64::from(logit) + f64::from(sum).ln(),
+                log_sum_exp: f64::from(max) + f64::from(sum).ln(),
             }
         };
         Ok((0..rows).map(choice).collect())

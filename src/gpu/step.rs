@@ -31,6 +31,8 @@ pub struct Step {
     pub seqs: DevicePtr,
     /// u32 `[n_rows]`
     pub rows: DevicePtr,
+    /// `Draw [n_wanted]` of `candidates.cu`; none where no token is drawn.
+    pub draws: Option<DevicePtr>,
     /// The block tables back to back: rows of one block, of which a sequence's `table_row` is the first.
     pub tables: DevicePtr,
 }
@@ -64,6 +66,7 @@ impl Step {
             slots: at,
             seqs: at,
             rows: at,
+            draws: None,
             tables: at,
         }
     }
@@ -95,7 +98,8 @@ impl Step {
             }
             begin
         };
-        // Sequences first: they are read 16 bytes at a time. Tables last: all else has its place by the counts alone.
+        // Sequences first: they are read 16 bytes at a time. Tables behind what has its place by the counts alone, and draws,
+        // which no graph knows, behind those.
         let mut table_row = 0;
         let seqs = put(&mut batch
             .seqs
@@ -123,6 +127,15 @@ impl Step {
             .copied()
             .chain(fill.map(|row| row as u32)));
         let tables = put(&mut batch.seqs.iter().flat_map(|s| s.blocks.iter().copied()));
+        let (draws, n) = match batch.draws.is_empty() {
+            true => (None, n),
+            false => {
+                let first = n.next_multiple_of(4);
+                let end = first + DRAW_WORDS * batch.draws.len();
+                put_draws(batch, &mut words[first..end]);
+                (Some(at.offset(4 * first)), end)
+            }
+        };
         let longest = |f: fn(&BatchSeq) -> usize| batch.seqs.iter().map(f).max().unwrap_or(0);
         let step = Step {
             n_tokens: batch.tokens.len() + filled,
@@ -136,6 +149,7 @@ impl Step {
             slots,
             seqs,
             rows,
+            draws,
             tables,
         };
         (step, n)
@@ -148,6 +162,26 @@ impl Step {
             n_seqs: self.n_seqs,
             splits: self.splits,
         })
+    }
+}
+
+/// Words of a `Draw`.
+pub const DRAW_WORDS: usize = 8;
+
+fn put_draws(batch: &Batch, words: &mut [u32]) {
+    let seq_of = |row: u32| batch.seqs.partition_point(|s| s.start <= row as usize) - 1;
+    let rows = batch.draws.iter().zip(&batch.logit_rows);
+    for ((d, &row), words) in rows.zip(words.as_chunks_mut().0) {
+        *words = [
+            d.temperature.to_bits(),
+            d.top_k,
+            d.top_p.to_bits(),
+            d.min_p.to_bits(),
+            d.repetition_penalty.to_bits(),
+            d.uniform.to_bits(),
+            seq_of(row) as u32,
+            0,
+        ];
     }
 }
 
@@ -175,6 +209,7 @@ pub fn splits(longest_context: usize, n_seqs: usize, max_splits: usize) -> usize
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Draw;
 
     #[test]
     fn a_description_says_where_everything_is() {
@@ -189,8 +224,9 @@ mod tests {
             positions: vec![15, 16, 3],
             seqs: vec![seq(0, 2, 17, &[9, 4]), seq(2, 1, 4, &[2])],
             logit_rows: vec![1, 2],
+            draws: Vec::new(),
         };
-        let mut words = [0; 32];
+        let mut words = [0; 40];
         let (step, n) = Step::describe(&batch, &mut words, DevicePtr(1000), 8, 64);
         let at = |p: DevicePtr, n: usize| words[(p.0 as usize - 1000) / 4..][..n].to_vec();
         assert_eq!(at(step.seqs, 8), [0, 2, 17, 0, 2, 1, 4, 2]);
@@ -200,6 +236,27 @@ mod tests {
         assert_eq!(at(step.rows, 2), [1, 2]);
         assert_eq!(at(step.tables, 3), [9, 4, 2]);
         assert_eq!((n, step.longest, step.decode_key()), (22, 2, None));
+        assert_eq!(step.draws, None);
+        let draw = |top_k| Draw {
+            temperature: 0.5,
+            top_k,
+            top_p: 0.75,
+            min_p: 0.125,
+            repetition_penalty: 1.5,
+            uniform: 0.25,
+        };
+        let draws = vec![draw(20), draw(7)];
+        let drawn = Batch { draws, ..batch };
+        let (with, n) = Step::describe(&drawn, &mut words, DevicePtr(1000), 8, 64);
+        // What a graph reads stays where it was; draws begin at 16 bytes.
+        assert_eq!(
+            (with.tables, with.draws, n),
+            (step.tables, Some(DevicePtr(1096)), 40)
+        );
+        let bits = [0.5f32, 0.75, 0.125, 1.5, 0.25].map(f32::to_bits);
+        let [temperature, top_p, min_p, penalty, uniform] = bits;
+        let row = |top_k, seq| [temperature, top_k, top_p, min_p, penalty, uniform, seq, 0];
+        assert_eq!(words[24..40], [row(20, 0), row(7, 1)].concat());
     }
 
     #[test]
@@ -215,6 +272,7 @@ mod tests {
             positions: vec![2; 3],
             seqs: vec![seq(0, 9), seq(1, 4), seq(2, 2)],
             logit_rows: vec![0, 1, 2],
+            draws: Vec::new(),
         };
         let mut words = [99; 40];
         let (step, n) = Step::describe(&batch, &mut words, DevicePtr(0), 8, 64);

@@ -4,7 +4,7 @@
 use super::LoadedRank;
 use super::step::splits;
 use crate::Result;
-use crate::model::{Backend, Batch, BatchSeq, BlockPool, KV_BLOCK, forward};
+use crate::model::{Backend, Batch, BatchSeq, BlockPool, CANDIDATES, Draw, KV_BLOCK, forward};
 use std::time::Instant;
 
 /// Rows of the smallest prefill: fewer are products of our own.
@@ -36,7 +36,7 @@ impl LoadedRank {
             // and two short ones of which the second is recorded.
             self.run(&sequence(0, longest, 1))?;
             for _ in 0..2 {
-                self.run(&sequence(longest - 1, longest, 1))?;
+                self.run(&drawn(sequence(longest - 1, longest, 1)))?;
             }
             return Ok(());
         }
@@ -84,11 +84,12 @@ impl LoadedRank {
     /// A prompt of `n` tokens, with as many rows of logits as a step may have.
     fn prefill(&mut self, n: usize) -> Result<()> {
         let rows = self.backend.limits.max_logit_rows.min(n);
-        self.run(&sequence(0, n, rows))?;
-        if n == SMALLEST {
-            self.backend.candidates(&self.activations.logits)?;
-            self.backend.read_logits(&self.activations.logits)?;
+        let batch = sequence(0, n, rows);
+        if n > SMALLEST {
+            return self.run(&batch);
         }
+        self.run(&drawn(batch))?;
+        self.backend.read_logits(&self.activations.logits)?;
         Ok(())
     }
 
@@ -127,7 +128,22 @@ fn sequence(from: usize, to: usize, rows: usize) -> Batch {
             blocks: (0..BlockPool::blocks_for(to) as u32).collect(),
         }],
         logit_rows: ((n - rows) as u32..n as u32).collect(),
+        draws: Vec::new(),
     }
+}
+
+/// The same step with a token drawn from every row, in the way that takes the most work.
+fn drawn(mut batch: Batch) -> Batch {
+    let draw = Draw {
+        temperature: 1.0,
+        top_k: CANDIDATES as u32,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.1,
+        uniform: 0.5,
+    };
+    batch.draws = vec![draw; batch.logit_rows.len()];
+    batch
 }
 
 /// A token of each of `n` sequences with a block each; the first one's is the last of `context`.

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 pub const CHOSEN: u32 = 1 << 31;
 
 /// The tokens of one step: prefill chunks and single decode tokens of many sequences, back to back.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
     /// Token ids, `[T]`; with [`CHOSEN`] set, the logit row in which the step before has chosen the token.
     pub tokens: Vec<u32>,
@@ -18,6 +18,33 @@ pub struct Batch {
     pub seqs: Vec<BatchSeq>,
     /// The token rows whose logits are wanted, `[S]`, ascending.
     pub logit_rows: Vec<u32>,
+    /// How the token of each such row is drawn, `[S]`; none where all take the most likely one, or where whoever has the
+    /// logits draws. Only for backends with [`Backend::fetch_choices`].
+    pub draws: Vec<Draw>,
+}
+
+/// How a token is drawn from a row of logits; the fields are those of [`crate::engine::SamplingParams`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// 0 takes the most likely token; otherwise logits are divided by it.
+    pub temperature: f32,
+    /// From 1 to [`CANDIDATES`].
+    pub top_k: u32,
+    /// In `[0, 1]`.
+    pub top_p: f32,
+    /// In `[0, 1]`.
+    pub min_p: f32,
+    /// For tokens that the sequence has already, as far as they are in the cache once this step is done.
+    pub repetition_penalty: f32,
+    /// In `[0, 1)`: which of the tokens it is.
+    pub uniform: f32,
+}
+
+impl Draw {
+    /// Whether it is the argmax of the logits as they are.
+    pub fn is_plain_argmax(&self) -> bool {
+        self.temperature == 0.0 && self.repetition_penalty == 1.0
+    }
 }
 
 /// One sequence's part of a [`Batch`].
@@ -70,7 +97,9 @@ impl Limits {
             n_blocks += seq.blocks.len();
         }
         let ascending = batch.logit_rows.is_sorted_by(|a, b| a < b);
-        let rows = ascending && batch.logit_rows.iter().all(|&r| (r as usize) < t);
+        let rows = ascending
+            && batch.logit_rows.iter().all(|&r| (r as usize) < t)
+            && (batch.draws.is_empty() || batch.draws.len() == s);
         if next != t || batch.positions.len() != t || n_blocks > self.n_kv_blocks || !rows {
             return Err(wrong());
         }
@@ -108,17 +137,8 @@ pub struct Choice {
     pub log_sum_exp: f64,
 }
 
-/// Tokens of [`Candidates`], at most.
+/// A device draws from this many of the most likely tokens.
 pub const CANDIDATES: usize = 64;
-
-/// The most likely known tokens of one row of logits.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Candidates {
-    /// Logit and token, most likely first, the lowest id first among equals; fewer than [`CANDIDATES`] where that is all.
-    pub tokens: Vec<(f32, u32)>,
-    /// Natural logarithm of the sum of exp(logit) over all known tokens.
-    pub log_sum_exp: f64,
-}
 
 /// A step's choices on their way to the host.
 #[derive(Debug, PartialEq, Eq)]
@@ -177,8 +197,9 @@ pub trait Backend {
     ) -> Result<()>;
     /// `h · headᵀ`, the ranks' vocabulary parts joined.
     fn logits(&mut self, h: &Self::Buf, head: &Self::Weight, logits: &mut Self::Buf) -> Result<()>;
-    /// The most likely known token of each wanted row, found where the logits are and kept there for the next step; a
-    /// backend without [`Backend::fetch_choices`] leaves choosing to whoever has [`Backend::read_logits`].
+    /// The most likely known token of each wanted row, or the one drawn as [`Batch::draws`] says, found where the logits are
+    /// and kept there for the next step; a backend without [`Backend::fetch_choices`] leaves choosing to whoever has
+    /// [`Backend::read_logits`].
     fn choose(&mut self, _logits: &Self::Buf) -> Result<()> {
         Ok(())
     }
@@ -190,10 +211,6 @@ pub trait Backend {
     /// Waits for choices on their way.
     fn choices(&mut self, _fetch: Fetch) -> Result<Vec<Choice>> {
         Ok(Vec::new())
-    }
-    /// The most likely known tokens of each row of the step begun last; `None` where the whole logits are at hand anyway.
-    fn candidates(&mut self, _logits: &Self::Buf) -> Result<Option<Vec<Candidates>>> {
-        Ok(None)
     }
     /// The logits of the step begun last on the host, `[S, vocab]`.
     fn read_logits<'a>(&'a mut self, logits: &'a Self::Buf) -> Result<&'a [f32]>;

@@ -6,7 +6,7 @@ pub mod kv;
 pub mod qwen;
 
 pub use backend::{
-    Activations, Backend, Batch, BatchSeq, CANDIDATES, CHOSEN, Candidates, Choice, Fetch, Limits,
+    Activations, Backend, Batch, BatchSeq, CANDIDATES, CHOSEN, Choice, Draw, Fetch, Limits,
 };
 pub use checkpoint::check_tensors;
 pub use kv::{BlockPool, KV_BLOCK};

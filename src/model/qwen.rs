@@ -110,5 +110,5 @@ pub fn forward<B: Backend>(
 
     let head = model.head.as_ref().unwrap_or(&model.embed);
     b.logits(&a.h, head, &mut a.logits)?; //                      logits  [S, vocab]
-    b.choose(&a.logits) //                                        the most likely token of each row
+    b.choose(&a.logits) //                                        a token of each row
 }

@@ -2,6 +2,7 @@
 
 import math
 import random
+import struct
 
 import torch
 
@@ -98,8 +99,16 @@ def embed(d, i, hidden=None, tokens=None):
     for t in i.random.sample(range(tokens), tokens // 2):
         row = i.random.randint(0, 3)
         named[t], ids[t] = row - (1 << 31), chosen[row]
-    d.launch("embed", "embed", tokens, 128, table[:near].clone(), table[near:].clone(), named, chosen, partial, x, hidden, first, near, rows)
+    # One of them only fills the step up.
+    slots, history = i.integers(i.random.sample(range(48), tokens)), i.integers([-1] * 48)
+    slots[tokens - 1] = -1
+    d.launch("embed", "embed", tokens, 128, table[:near].clone(), table[near:].clone(), named, chosen, slots, history, partial, x, hidden, first, near, rows)
     d.synchronize()
+    kept = [-1] * 48
+    for slot, token in list(zip(slots.tolist(), ids.tolist()))[:-1]:
+        kept[slot] = token
+    if history.tolist() != kept:
+        raise Mismatch(f"embed keeps {history.tolist()}, not {kept}")
     want = torch.stack([table[t - first].double() if first <= t < first + rows else torch.zeros(hidden, dtype=F64, device=i.device) for t in ids.tolist()])
     compare("embed x", x.double() + 1, torch.ones_like(x).double(), 0.0)
     return compare("embed", partial.double() + 1, want + 1, 0.0)
@@ -160,9 +169,9 @@ def sample(d, i, vocab=None, rows=None):
     logits[-1, 0] = -math.inf
     parts = sample_parts(vocab)
     part = [i.poison(rows, parts, dtype=F32), i.integers([[-1] * parts] * rows), i.poison(rows, parts, dtype=F32)]
-    token, top, total = i.integers([-1] * rows), i.poison(rows, dtype=F32), i.poison(rows, dtype=F32)
+    token, (logit, top, total) = i.integers([-1] * rows), [i.poison(rows, dtype=F32) for _ in range(3)]
     d.launch("sample", "sample_partial", (parts, rows), 256, logits, vocab, ld, *part)
-    d.launch("sample", "sample_reduce", rows, 32, *part, parts, 1, parts, token, top, total)
+    d.launch("sample", "sample_reduce", rows, 32, *part, parts, 1, parts, token, logit, top, total)
     d.synchronize()
     known = logits[:, :vocab].double().cpu()
     want = [int((row == row.max()).nonzero()[0]) for row in known]
@@ -171,6 +180,7 @@ def sample(d, i, vocab=None, rows=None):
         if token.tolist() != want:
             raise Mismatch(f"{way}: tokens {token.tolist()}, not {want}")
         compare(f"{way} max", top, known.max(-1).values, 0.0)
+        compare(f"{way} logit", logit, top, 0.0)
         return compare(f"{way} log_sum_exp", top.double().cpu() + total.double().cpu().log(), known.logsumexp(-1), 1e-6)
 
     worst = check("sample")
@@ -185,20 +195,60 @@ def sample(d, i, vocab=None, rows=None):
         d.launch("sample", "sample_join", rows, 32, *part, parts, first, joined[rank])
     token.fill_(-1)
     flat = joined.view(-1)
-    d.launch("sample", "sample_reduce", rows, 32, flat, flat[rows:], flat[2 * rows:], 3, 3 * rows, 1, token, top, total)
+    d.launch("sample", "sample_reduce", rows, 32, flat, flat[rows:], flat[2 * rows:], 3, 3 * rows, 1, token, logit, top, total)
     d.synchronize()
     return max(worst, check("sample over ranks"))
 
 
-def candidates(d, i, vocab=None, rows=None):
+def draws(i, rows, choices):
+    """The words of `Draw` of candidates.cu, one row for each dict."""
+    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "uniform")
+    packed = b"".join(struct.pack("<fIffffII", *(c[f] for f in fields), row, 0) for row, c in zip(range(rows), choices))
+    return torch.frombuffer(bytearray(packed), dtype=torch.int32).view(rows, 8).to(i.device)
+
+
+def probabilities(logits, choice):
+    """What is drawn from, in float64: [(token, from, to)] over penalised logits, most likely first."""
+    order = sorted(range(len(logits)), key=lambda t: (-logits[t], t))
+    scaled = torch.tensor([logits[t] for t in order], dtype=F64) / choice["temperature"]
+    keep = scaled >= scaled[min(choice["top_k"], len(order)) - 1]
+    p = torch.where(keep, (scaled - scaled[0]).exp(), 0.0)
+    p /= p.sum()
+    if choice["top_p"] < 1:
+        p = torch.where(p.cumsum(0) - p < choice["top_p"], p, 0.0)
+    p[1:] = torch.where(p[1:] >= choice["min_p"] * p[0], p[1:], 0.0)
+    ends = (p / p.sum()).cumsum(0).tolist()
+    return list(zip(order, [0.0] + ends, ends))
+
+
+def candidates(d, i, vocab=None, rows=None, context=60):
     vocab, rows = vocab or i.random.choice([5, 1000, 20001]), rows or i.random.randint(1, 3)
     ld, first = vocab + i.random.randint(0, 50), i.random.randint(0, 1000)
     logits = (4 * i.normal(rows, ld, dtype=F32, scale=3.0)).round() / 4  # ties go to the lowest
     logits[:, vocab:] = 1e9
     logits[-1, 0] = -math.inf
+    choice = lambda: {"temperature": i.random.choice([0.0, 0.3, 0.7, 1.5]), "top_k": i.random.choice([1, 2, 20, 63, 64]), "top_p": i.random.choice([1.0, 0.8]),
+                      "min_p": i.random.choice([0.0, 0.05]), "repetition_penalty": i.random.choice([1.0, 1.05, 1.5, 0.9]), "uniform": i.random.random()}
+    chosen = [choice() for _ in range(rows)]
+    told = draws(i, rows, chosen)
+    # Each row's tokens so far, in scattered blocks; some belong to other ranks, and some are the likeliest of all.
+    contexts = [i.random.randint(1, context) for _ in range(rows)]
+    blocks = [-(-n // 16) for n in contexts]
+    tables, history = i.integers(i.random.sample(range(sum(blocks)), sum(blocks))), i.integers([[-1] * 16] * sum(blocks))
+    seqs, penalised = [], logits[:, :vocab].clone()
+    for row, n in enumerate(contexts):
+        likely = penalised[row].argsort(descending=True)[:100].tolist()
+        tokens = [first + i.random.choice(likely) if i.random.random() < 0.7 else i.random.randint(0, first + vocab + 50) for _ in range(n)]
+        at = sum(blocks[:row])
+        seqs.append([row, 1, n, at])
+        for position, token in enumerate(tokens):
+            history[tables[at + position // 16], position % 16] = token
+        seen, penalty = torch.tensor([t - first for t in set(tokens) if first <= t < first + vocab], dtype=torch.long, device=i.device), chosen[row]["repetition_penalty"]
+        old = penalised[row, seen]
+        penalised[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
     lists = -(-vocab // 1024)
     keys = torch.zeros(rows, lists * 64, dtype=torch.int64, device=i.device)
-    d.launch("candidates", "candidates", (lists, rows), 512, logits, vocab, ld, first, keys)
+    d.launch("candidates", "candidates", (lists, rows), 512, logits, vocab, ld, first, told, i.integers(seqs), tables, history, keys)
     while lists > 1:
         n = lists * 64
         lists = -(-n // 1024)
@@ -207,17 +257,32 @@ def candidates(d, i, vocab=None, rows=None):
         d.synchronize()
         keys = merged
     d.synchronize()
+    id_of = lambda key: (~key & 0xFFFFFFFF) >> 1
 
     def check(keys, n_ranks):
-        for row, found in zip(logits[:, :vocab].cpu().tolist() * n_ranks, keys.cpu().tolist()):
+        for row, found in zip(penalised.cpu().tolist(), keys.cpu().tolist()):
             want = sorted(range(n_ranks * vocab), key=lambda t: (-row[t % vocab], t))[:64]
-            ids = [0xFFFFFFFF - (key & 0xFFFFFFFF) - first for key in found if key]
+            ids = [id_of(key) - first for key in found if key]
             if ids != want:
                 raise Mismatch(f"candidates of {n_ranks}: {ids[:4]}…, not {want[:4]}…")
 
     check(keys, 1)
+    token, logit = i.integers([-1] * rows), i.poison(rows, dtype=F32)
+    d.launch("candidates", "draw", rows, 32, keys, told, token, logit)
+    d.synchronize()
+    for row, c in enumerate(chosen):
+        got, own = token[row].item(), logit[row].item()
+        values = penalised[row].tolist()
+        if c["temperature"] == 0.0:
+            want = -1 if c["repetition_penalty"] == 1.0 else first + min(range(vocab), key=lambda t: (-values[t], t))
+            right = got == want
+        else:
+            # The sums of 64 f32 are off by less.
+            right = any(first + t == got and low - 1e-5 <= c["uniform"] <= high + 1e-5 and high > low for t, low, high in probabilities(values, c))
+        if not right or (got >= 0 and abs(own - logits[row, got - first].item()) > 3e-7 * abs(own)):
+            raise Mismatch(f"draw: token {got} with {own} for {c}")
     # Two ranks with the same logits, whose ids follow each other: the keys hold the ids' complements.
-    both, merged = torch.stack([keys, torch.where(keys == 0, keys, keys - vocab)]), torch.zeros_like(keys)
+    both, merged = torch.stack([keys, torch.where(keys == 0, keys, keys - 2 * vocab)]), torch.zeros_like(keys)
     d.launch("candidates", "candidates_merge", (1, rows), 512, both, 2 * 64, rows * 64, 64, merged)
     d.synchronize()
     check(merged, 2)
@@ -536,6 +601,6 @@ REAL += [(attention_prefill, {"heads": h, "seqs": s}) for h in QWEN_HEADS.values
 # Tiles of 128 tokens and of 64 or 192 rows in every position to each other.
 REAL += [(attention_prefill, {"heads": h, "seqs": [(n, n + before)]})
          for h in ((7, 1, 128), (8, 1, 128), (4, 4, 128), (5, 1, 64), (7, 1, 64)) for n, before in ((1, 127), (1, 128), (18, 111), (129, 0), (200, 57), (333, 1000))]
-REAL += [(candidates, {"vocab": 151665, "rows": 3}), (handover, {"m": 8, "k": 8192, "n": 14784}), (read, {"n": 5_000_000, "grid": 264})]
+REAL += [(candidates, {"vocab": 151665, "rows": 3, "context": 5000}), (handover, {"m": 8, "k": 8192, "n": 14784}), (read, {"n": 5_000_000, "grid": 264})]
 REAL += [(all_gather, {"ranks": 2, "n": n}) for n in (3, 192)]
 REAL += [(all_reduce, {"ranks": r, "rows": n, "hidden": h}) for r in (2, 4) for n, h in ((1, 8192), (8, 3584))]

@@ -42,6 +42,7 @@ pub(super) fn piece(config: &ModelConfig, from: usize, to: usize, n_blocks: usiz
                 .collect(),
         }],
         logit_rows: (len.saturating_sub(ROWS)..len).map(|r| r as u32).collect(),
+        draws: Vec::new(),
     }
 }
 

@@ -187,6 +187,50 @@ fn greedy_and_drawn_tokens_share_steps() {
     ahead_is_the_same("qwen2-untied", 2, &[SamplingParams::greedy(), drawn], 3);
 }
 
+/// The host's sampler, with all logits before it, is the reference: kept logits leave every choice to it.
+#[test]
+fn a_device_draws_what_the_host_would() {
+    let params = |temperature, top_k, top_p, min_p, repetition_penalty, seed| SamplingParams {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        seed,
+    };
+    let sampling = [
+        params(0.7, 20, 0.8, 0.0, 1.05, 1),
+        params(0.3, CANDIDATES, 1.0, 0.05, 1.0, 2),
+        params(0.0, 0, 1.0, 0.0, 1.5, 3),
+        params(1.3, 50, 0.95, 0.0, 0.9, 4),
+        SamplingParams::greedy(),
+    ];
+    for (name, size) in [
+        ("qwen2-untied", 1),
+        ("qwen3-sharded", 2),
+        ("qwen2-9heads", 3),
+    ] {
+        let run = |keep: bool| {
+            let one = |mut r: Replica<GpuBackend>| {
+                if keep {
+                    r.keep_logits();
+                }
+                answers(&mut StepByStep(r, vec![]), &[], &sampling, 5)
+            };
+            on_ranks(name, size, one, false)
+        };
+        let (want, got) = (run(true), run(false));
+        assert_eq!(tokens(&got), tokens(&want), "{name} on {size}");
+        for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+            // The host sums in double precision.
+            assert!(
+                (got.logprob - want.logprob).abs() < 1e-4,
+                "{got:?} {want:?}"
+            );
+        }
+    }
+}
+
 /// Three KV heads on two ranks: one cuts attention further than the other, but their sums have to meet in every step of the
 /// warm-up.
 #[test]

@@ -13,7 +13,7 @@ use crate::Result;
 use crate::comm::HostCollective;
 use crate::config::ModelConfig;
 use crate::model::{
-    Backend, Batch, BatchSeq, CANDIDATES, Candidates, Choice, KV_BLOCK, check_tensors, forward,
+    Backend, Batch, BatchSeq, CANDIDATES, Choice, KV_BLOCK, check_tensors, forward,
 };
 use crate::plan::Shard;
 use crate::weights::{Checkpoint, Source};
@@ -186,16 +186,8 @@ impl Rank {
         let known = vocab - PADDING;
         let fetch = backend.fetch_choices()?.unwrap();
         let chosen = backend.choices(fetch)?;
-        // Sorting takes the emulation long: not for every position of a prompt.
-        let candidates = match batch.logit_rows.len() {
-            0..=2 => backend.candidates(&activations.logits)?,
-            _ => None,
-        };
         let logits = backend.read_logits(&activations.logits)?.to_vec();
         check_choices(&chosen, &logits, vocab, known);
-        if let Some(candidates) = candidates {
-            check_candidates(&candidates, &logits, vocab, known);
-        }
         Ok(logits)
     }
 }
@@ -217,18 +209,6 @@ fn check_choices(chosen: &[Choice], logits: &[f32], vocab: usize, known: usize) 
     }
 }
 
-/// The most likely tokens as the device found them against the row itself, to the bit.
-fn check_candidates(found: &[Candidates], logits: &[f32], vocab: usize, known: usize) {
-    assert_eq!(found.len(), logits.len() / vocab);
-    for (found, row) in found.iter().zip(logits.chunks(vocab)) {
-        let mut all: Vec<(f32, u32)> = row[..known].iter().copied().zip(0..).collect();
-        all.retain(|c| !c.0.is_nan());
-        all.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        all.truncate(CANDIDATES);
-        assert_eq!(found.tokens, all);
-    }
-}
-
 /// Tokens `from..to` of a sequence whose blocks are scattered over the cache.
 fn chunk(ids: &[u32], from: usize, to: usize) -> Batch {
     let blocks = (0..to.div_ceil(KV_BLOCK) as u32).map(|i| 11 - i).collect();
@@ -242,6 +222,7 @@ fn chunk(ids: &[u32], from: usize, to: usize) -> Batch {
             blocks,
         }],
         logit_rows: (0..(to - from) as u32).collect(),
+        draws: Vec::new(),
     }
 }
 
