@@ -100,11 +100,12 @@ def embed(d, i, hidden=None, tokens=None):
         row = i.random.randint(0, 3)
         named[t], ids[t] = row - (1 << 31), chosen[row]
     # One of them only fills the step up.
-    slots, history = i.integers(i.random.sample(range(48), tokens)), i.integers([-1] * 48)
+    room = max(48, tokens)
+    slots, history = i.integers(i.random.sample(range(room), tokens)), i.integers([-1] * room)
     slots[tokens - 1] = -1
     d.launch("embed", "embed", tokens, 128, table[:near].clone(), table[near:].clone(), named, chosen, slots, history, partial, x, hidden, first, near, rows)
     d.synchronize()
-    kept = [-1] * 48
+    kept = [-1] * room
     for slot, token in list(zip(slots.tolist(), ids.tolist()))[:-1]:
         kept[slot] = token
     if history.tolist() != kept:
@@ -212,6 +213,7 @@ def probabilities(logits, choice):
     order = sorted(range(len(logits)), key=lambda t: (-logits[t], t))
     scaled = torch.tensor([logits[t] for t in order], dtype=F64) / choice["temperature"]
     keep = scaled >= scaled[min(choice["top_k"], len(order)) - 1]
+    keep[64:] = False  # ties stay as far as the list reaches
     p = torch.where(keep, (scaled - scaled[0]).exp(), 0.0)
     p /= p.sum()
     if choice["top_p"] < 1:
