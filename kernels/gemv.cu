@@ -52,8 +52,9 @@
 //
 // All of that with whole tiles handed to blocks. Pairs of rows instead were expected to take 8 of 100 off a 7B step (3584×18944 35.7 → 31 µs). On an
 // H200 of 4.61 TB/s (2026-11-25): 3710 → 3642 µs, 2 of 100, 85% of the floor; 3584×18944 35.9 → 33.5 µs, 8192×14784 59.4 → 59.1; half of 7B 2041 →
-// 2052 µs, half of 72B 17747 → 17310 µs, 90%. 4608×3584 (11.4 against 10.7 µs) and 5120×8192 (21.6 against 23.4) disagree. Of the 560 µs above the
-// floor, 250 are gate·up's (64 µs a layer, 92%), the rest is spread over the small products, of which none passes 73%.
+// 2052 µs, half of 72B 17747 → 17310 µs, 90%. 4608×3584 (11.4 against 10.7 µs with whole tiles) got slower, 5120×8192 (21.6 against 23.4) faster.
+// One by one the products of the 28 layers are above their floors by 162 µs (gate·up), 118 (q/k/v), 112 (down) and 79 (o), the head by 14; attention
+// and norms come to some 230 alone. The step is 563 above its floor, so a part of that overlaps.
 //
 // Tried:
 //   * L2 hint of the loads, with the first rule, expected nothing: 128B 87 to 99% of the floor at the shapes above 100 MB, 256B 84 to 96%,
@@ -69,6 +70,8 @@
 //   * overlap (programmatic launch) off: 3% slower for the 7B step and half of 72B, 11% for half of 7B (with the first rule).
 //   m = 2, 4, 8, with the rule for whole tiles (H200, 2026-11-25): within 8% of m = 1, 16% at the smallest shapes. cuBLAS is slower everywhere but at
 //   29568×8192 (116.1 µs against 118.7 at m = 2, 117.7 against 122.9 at m = 8) and at 76032×8192 from m = 4 (295.8 against 304.8 at 8).
+//   Pairs of rows, two H200s of the same day: cuBLAS is ahead at 29568×8192 from m = 4 (3 to 6%), at 76032×8192 from m = 2 (2 to 7%), and at m = 8 at
+//   4608×3584 (2 to 4%), 152064×3584 (up to 2%) and 4864·2×896 (3%).
 #include "common.cuh"
 #include "rope.cuh"
 
