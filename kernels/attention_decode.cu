@@ -4,12 +4,12 @@
 //                      block_tables u32 [·, max_blocks], seqs Seq [n_seqs], part f32 [n_seqs, n_heads, n_splits, D],
 //                      part_ml f32 [n_seqs, n_heads, n_splits, 2], attn bf16 [·, n_heads · D],
 //                      n_heads, n_kv_heads, max_blocks, n_splits, scale)        D = 64, 80, 96, 128
-//     grid (n_splits, n_kv_heads · ceil(n_heads / n_kv_heads / 8), n_seqs), block 128. n_heads / n_kv_heads is whole. The query of seqs[i] is
+//     grid (n_splits, n_kv_heads · ceil(n_heads / n_kv_heads / 8), n_seqs), block 256. n_heads / n_kv_heads is whole. The query of seqs[i] is
 //     row seqs[i].start; `len` is 1 (or 0 with context_len 0). Cached tokens: context_len, in the blocks that row table_row of the
 //     tables names. context_len 0 (a row that only fills the batch up) gives zeros.
 //     With n_splits = 1 attn is written; otherwise part and part_ml, and then
 //   attention_combine_D(part, part_ml, seqs, attn, n_heads, n_splits)
-//     grid (n_heads, n_seqs), block 128, writes attn. Splits beyond a short context are neither written nor read.
+//     grid (n_heads, n_seqs), block 256, writes attn. Splits beyond a short context are neither written nor read.
 //
 //   n_splits: see the launch rule below. Fixed for a graph: the partition follows context_len on the device.
 //   Ahead of the wait for the kernel in front, seqs, block_tables and all but the newest token's block of the cache are read.
@@ -24,24 +24,34 @@
 // Numerics: scores and sums in f32, probabilities rounded to bf16 for P V (as flash attention does). The result depends on
 // context_len, n_splits and nothing else: not on the other sequences, not on the order of blocks.
 //
-// Launch rule: n_splits = min(sms / (n_kv_heads · n_seqs), ceil(context / 64), max(16, ceil(context / 128))), at least 1, for the longest
-// context of the batch.
+// Launch rule: with all = sms / (n_kv_heads · n_seqs), n_splits = min(all, max(min(all / 2, ceil(context / 128)), ceil(context / 256))), at
+// least 1, for the longest context of the batch: half of the multiprocessors until their parts are 256 tokens long.
 //
-// Measured on an H200 (driver 580, CUDA 13.0), 2026-11-23, tests/kernels/bench.py: in a graph, caches of 0.6 GB in turn, with the combining
-// kernel. Floor: K and V over 4.34 TB/s. 28 query and 4 KV heads of 128 unless said:
-//     context 1024, 16 splits   4.8 µs (floor 0.5)  |  16384, 32 splits  16.8 (7.7)  |  8 × 4096, 8 splits  23.6 (15.5)
-//     4096, 32 splits           7.6    (1.9)        |  32768, 32 splits  26.4 (15.5) |  14/2 heads of 64, 4096, 32 splits  4.8 (0.5)
-// On an H100, whole steps of the 7B shape (2026-11-25, `tandem bench scaling`): 5.23 ms at context 1024, 5.66 at 16384, where the cache's bytes alone
-// explain 0.29 of the 0.43 ms.
+// Measured on an H200 (driver 580, CUDA 13.0, 4.62 TB/s read), 2026-11-25, tests/kernels/bench.py: in a graph, caches of 0.6 GB in turn, with the
+// combining kernel; in brackets the floor, K and V over the read rate. 28 query and 4 KV heads of 128 unless said:
+//     context 1024, 8 splits    4.5 µs (0.5)  |  16384, 33 splits  14.0 (7.3)   |  8 × 4096, 4 splits  22.8 (14.5)
+//     4096, 16 splits           6.7    (1.8)  |  32768, 33 splits  23.4 (14.5)  |  64 × 1024, 1 split  42.0 (29.1)
+//     14/2 heads of 64, 4096, 32 splits  4.2 (0.5)
+// Whole steps of the 7B shape, `tandem bench scaling`, the same run: 3.62 ms at context 1024, 3.75 at 4096, 3.91 at 16384; batches of 8 and 64 at 1024 4.05 and
+// 5.59. With 4 warps a block, 3 blocks a multiprocessor and up to 32 splits, until then: 3.70, 3.77, 4.05, 4.10 and 5.62.
 // Tried:
+//   * 4 warps a block: 16.8 µs at 16384, 47 at 64 × 1024. A part then holds 64 tokens a round instead of 128, so that contexts just above 1024 took
+//     two rounds of 16 splits. 12 warps: even; 16, which leaves 128 registers and spills: steps 1 to 2% slower; 8 warps with 128 registers: the same.
 //   * heads as the 16 rows of the products, half of them empty; 224 registers; no loads ahead of the wait; a serial combine: 8.8 µs
 //     at 1024, 20.8 at 16384, 31.2 at 32768. Heads as the 8 columns leave no register of a product unused: 160 of them.
-//   * 4 blocks a multiprocessor (128 registers, 56 bytes spilled) instead of 3: 15 to 40% slower from 4096 on.
 //   * 64 and more splits: no faster at any length, and slower where the combine has more to read.
+//   * the last block of a head group combines, by a counter, instead of a second kernel (7B, 4 warps): 2% slower, one block reads the parts of 7 heads.
+//   * let_next_kernel_start at the end instead: 1.5% slower.
+//   * this kernel brings part of the output product's weights into the L2, which memory has time for (cp.async.bulk.prefetch.L2): a tenth to a quarter of
+//     them changes nothing, all of them make a 7B step 3% slower, half of 7B 6%: as if they were read twice.
+// Without either kernel a 7B step is 130 µs shorter, without one of them 30 to 40 µs (4 warps).
 // The rest over the floor at short contexts is latency: tables, first loads, merge, second launch.
 #include "common.cuh"
 
-constexpr int WARPS = 4;
+#ifndef DECODE_WARPS
+#define DECODE_WARPS 8
+#endif
+constexpr int WARPS = DECODE_WARPS;
 constexpr int HEADS = 8;  // of a block
 
 // KV blocks of a split, whole rounds of the warps.
@@ -247,7 +257,7 @@ __device__ __forceinline__ void attention_combine(const float* part, const float
 #pragma unroll
     for (int mask = 16; mask > 0; mask >>= 1) high = fmaxf(high, shuffle_xor(high, mask));
 
-    // Every fourth split to a warp, four elements to a lane.
+    // Splits in turn to the warps, four elements to a lane.
     const int element = lane_id() * 4;
     float total = 0.0f, out[4] = {};
 #pragma unroll 4
@@ -274,7 +284,7 @@ __device__ __forceinline__ void attention_combine(const float* part, const float
 }
 
 #ifndef DECODE_BLOCKS
-#define DECODE_BLOCKS 3  // a multiprocessor
+#define DECODE_BLOCKS 1  // a multiprocessor
 #endif
 #define ATTENTION_DECODE(D)                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, DECODE_BLOCKS)                                                                         \

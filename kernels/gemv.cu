@@ -67,6 +67,8 @@
 //     a guess: blocks that start early gather on the multiprocessors that are free first, two on one and none on another.
 //   * prefetch.global.L2 8 or 16 steps ahead of the registers, expected to cover the gaps between kernels: 10 to 55% slower. Counted
 //     afterwards: 16 warps × 8 steps × 2 KiB × 132 are 35 MB, too much of the L2 to survive until it is used.
+//   * once, ahead of the wait, prefetch.global.L2 of the 2, 4, 8 or 16 steps after the registers' (H200, 2026-11-25), expected to use the wait behind norms and
+//     attention: a 7B step 0.7, 2.7, 5 and 9% slower, half of 72B 0.5 to 9%. There is no such wait: without its norms' kernels a 7B or 72B step is no shorter.
 //   * overlap (programmatic launch) off: 3% slower for the 7B step and half of 72B, 11% for half of 7B (with the first rule).
 //   m = 2, 4, 8, with the rule for whole tiles (H200, 2026-11-25): within 8% of m = 1, 16% at the smallest shapes. cuBLAS is slower everywhere but at
 //   29568×8192 (116.1 µs against 118.7 at m = 2, 117.7 against 122.9 at m = 8) and at 76032×8192 from m = 4 (295.8 against 304.8 at 8).

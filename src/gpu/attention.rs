@@ -10,6 +10,9 @@ use crate::Result;
 use crate::model::{KV_BLOCK, Layer};
 use std::sync::Arc;
 
+/// Threads of a block of `attention_decode.cu`.
+const DECODE_BLOCK: u32 = 256;
+
 /// Bytes of a rank's KV cache.
 pub fn kv_bytes(g: &Geometry, n_blocks: usize) -> usize {
     2 * g.n_layers * n_blocks * g.n_kv_heads * KV_BLOCK * g.padded_head_dim * 2
@@ -152,7 +155,7 @@ impl GpuBackend {
         let groups = nkv * (nq / nkv).div_ceil(8);
         let launch = Launch {
             grid: grid(splits, groups, s.n_seqs),
-            block: [128, 1, 1],
+            block: [DECODE_BLOCK, 1, 1],
             shared: 0,
         };
         let args = args![
@@ -165,7 +168,7 @@ impl GpuBackend {
         }
         let launch = Launch {
             grid: grid(nq, s.n_seqs, 1),
-            block: [128, 1, 1],
+            block: [DECODE_BLOCK, 1, 1],
             shared: 0,
         };
         let args = args![part, part_ml, seqs, attn.ptr, nq, splits];

@@ -198,12 +198,12 @@ fn bucket(n: usize, most: usize) -> usize {
 
 /// The launch rule of `attention_decode.cu`, in powers of two so that few different graphs are needed while contexts grow.
 pub fn splits(longest_context: usize, n_seqs: usize, max_splits: usize) -> usize {
-    let (long, short) = (
-        longest_context.div_ceil(128).max(16),
-        longest_context.div_ceil(64),
-    );
-    let useful = long.min(short).next_power_of_two();
-    useful.min(max_splits / n_seqs.max(1)).max(1)
+    let all = max_splits / n_seqs.max(1);
+    let useful = longest_context
+        .div_ceil(128)
+        .min(all / 2)
+        .max(longest_context.div_ceil(256));
+    useful.next_power_of_two().min(all).max(1)
 }
 
 #[cfg(test)]
@@ -306,10 +306,11 @@ mod tests {
     #[test]
     fn splits_fill_the_device_and_change_seldom() {
         assert_eq!(splits(1, 1, 66), 1);
-        assert_eq!(splits(65, 1, 66), 2);
-        assert_eq!(splits(1024, 1, 66), 16);
-        assert_eq!(splits(2048, 1, 66), 16);
-        assert_eq!(splits(2049, 1, 66), 32);
+        assert_eq!(splits(129, 1, 66), 2);
+        assert_eq!(splits(1024, 1, 66), 8);
+        assert_eq!(splits(1025, 1, 66), 16);
+        assert_eq!([splits(4096, 1, 66), splits(4096, 1, 33)], [32, 16]);
+        assert_eq!(splits(4097, 1, 33), 32);
         assert_eq!(splits(100_000, 1, 66), 66);
         assert_eq!(splits(100_000, 8, 66), 8);
         assert_eq!(splits(100_000, 100, 66), 1);

@@ -169,7 +169,7 @@ def decode(read, devices):
     print(f"\n{'decode attention':20}{'MB':>7}{'floor':>7} | µs by splits (with combine)")
     for name, n_heads, n_kv, d_head, contexts in [
         ("7B, 1024", 28, 4, 128, [1024]), ("7B, 4096", 28, 4, 128, [4096]), ("7B, 16384", 28, 4, 128, [16384]), ("7B, 32768", 28, 4, 128, [32768]),
-        ("72B/2, 16384", 32, 4, 128, [16384]), ("7B/2, 1024", 14, 2, 128, [1024]), ("7B, 8 × 4096", 28, 4, 128, [4096] * 8), ("0.5B, 4096", 14, 2, 64, [4096]),
+        ("72B/2, 16384", 32, 4, 128, [16384]), ("7B/2, 1024", 14, 2, 128, [1024]), ("7B, 8 × 4096", 28, 4, 128, [4096] * 8), ("7B, 64 × 1024", 28, 4, 128, [1024] * 64), ("0.5B, 4096", 14, 2, 64, [4096]),
     ]:
         n_bytes = sum(contexts) * n_kv * d_head * 4
         sets = [cache_of(contexts, n_kv, d_head) for _ in range(copies(n_bytes))]
@@ -178,7 +178,7 @@ def decode(read, devices):
         floor = n_bytes / read * 1e-6
         rule = cases.decode_splits(max(contexts), n_kv, len(contexts), 132)
         row = f"{name:20}{n_bytes * 1e-6:7.1f}{floor:7.2f} | rule {rule}"
-        for label, d in devices.items():
+        for label, (d, block) in devices.items():
             row += f" | {label}"
             for splits in sorted({1, rule, 8, 16, 32, 48, 64, 96, 128}):
                 part = torch.empty(len(contexts), n_heads, splits, d_head, device=GPU)
@@ -186,10 +186,10 @@ def decode(read, devices):
 
                 def run():
                     for k, v, tables in sets:
-                        d.launch("attention_decode", f"attention_decode_{d_head}", (splits, n_kv, len(contexts)), 128, q, k, v, tables, seqs, part, ml, attn,
+                        d.launch("attention_decode", f"attention_decode_{d_head}", (splits, n_kv, len(contexts)), block, q, k, v, tables, seqs, part, ml, attn,
                                  n_heads, n_kv, tables.shape[1], splits, d_head**-0.5)
                         if splits > 1:
-                            d.launch("attention_decode", f"attention_combine_{d_head}", (n_heads, len(contexts)), 128, part, ml, seqs, attn, n_heads, splits)
+                            d.launch("attention_decode", f"attention_combine_{d_head}", (n_heads, len(contexts)), block, part, ml, seqs, attn, n_heads, splits)
                 row += f" {splits}: {graph_us(run, len(sets)):.1f}"
         print(row, flush=True)
 
@@ -248,7 +248,7 @@ def small(d):
         vocab = 152064
         logits, parts = normal(rows, vocab, dtype=F32), cases.sample_parts(151665)
         part = [torch.empty(rows, parts, device=GPU) for _ in range(3)]
-        out = [torch.empty(rows, device=GPU) for _ in range(3)]
+        out = [torch.empty(rows, device=GPU) for _ in range(4)]
 
         def run():
             for _ in range(20):
@@ -308,24 +308,25 @@ class Model:
         token, freq = torch.tensor([5], dtype=torch.int32, device=GPU), 1 / 1e6 ** (torch.arange(0, d_head, 2, device=GPU) / d_head)
         position = torch.tensor([context - 1], dtype=torch.int32, device=GPU)
         parts = cases.sample_parts(vocab)
-        sampled = [torch.empty(1, parts, device=GPU) for _ in range(3)] + [torch.empty(1, device=GPU) for _ in range(3)]
+        sampled = [torch.empty(1, parts, device=GPU) for _ in range(3)] + [torch.empty(1, device=GPU) for _ in range(4)]
         slots = [(w["kv"][2][0, -1] * 16 + 15).int().view(1) for w in ws]
+        history = torch.zeros(-(-context // 16), 16, dtype=torch.int32, device=GPU)
         block = cases.norm_block(hidden)
         grid = lambda tiles, k: rule(tiles, k, d.sms)
 
         def run():
             overlap, d.overlap = d.overlap, False
-            d.launch("embed", "embed", 1, 128, self.head, None, token, token, partial, x, hidden, 0, vocab, vocab)
+            d.launch("embed", "embed", 1, 128, self.head, None, token, token, slots[0], history, partial, x, hidden, 0, vocab, vocab)
             d.overlap = overlap
             d.launch("norm", "add_rms_norm", 1, block, partial, x, ws[0]["norm"], h, hidden, 1e-6)
             for i, w in enumerate(ws):
                 k, v, tables = w["kv"]
                 d.launch("gemv", "gemv_qkv_rope", *grid(n_all * d_head // 16, hidden), w["qkv"], h, w["bias"], freq, 1.0, position, slots[i], q, k, v, 1, n_heads, n_kv,
                          d_head, hidden, hidden)
-                d.launch("attention_decode", f"attention_decode_{d_head}", (splits, n_kv, 1), 128, q, k, v, tables, seqs, part, ml, attn, n_heads, n_kv,
+                d.launch("attention_decode", f"attention_decode_{d_head}", (splits, n_kv, 1), cases.DECODE_BLOCK, q, k, v, tables, seqs, part, ml, attn, n_heads, n_kv,
                          tables.shape[1], splits, d_head**-0.5)
                 if splits > 1:
-                    d.launch("attention_decode", f"attention_combine_{d_head}", (n_heads, 1), 128, part, ml, seqs, attn, n_heads, splits)
+                    d.launch("attention_decode", f"attention_combine_{d_head}", (n_heads, 1), cases.DECODE_BLOCK, part, ml, seqs, attn, n_heads, splits)
                 d.launch("gemv", "gemv_bf16", *grid(hidden // 16, n_heads * d_head), w["o"], attn, None, partial, 1, hidden, n_heads * d_head, n_heads * d_head, hidden)
                 d.launch("norm", "add_rms_norm", 1, block, partial, x, w["post"], h, hidden, 1e-6)
                 d.launch("gemv", "gemv_gate_up_silu", *grid(inter // 8, hidden), w["gate_up"], h, mlp, 1, inter, hidden, hidden, inter)
@@ -382,7 +383,8 @@ def main():
         gemv(read, stages, rules=RULES)
         gemv(read, {"as is": d}, batches=(1, 2, 4, 8))
     if "decode" in wanted:
-        decode(read, {"3 blocks": d, "4 blocks": variant(defines=["-DDECODE_BLOCKS=4"])})
+        shaped = lambda warps, blocks: (variant(defines=[f"-DDECODE_WARPS={warps}", f"-DDECODE_BLOCKS={blocks}"]), 32 * warps)
+        decode(read, {"8 × 1": (d, cases.DECODE_BLOCK)} | {f"{warps} × {blocks}": shaped(warps, blocks) for warps, blocks in ((4, 3), (8, 2), (12, 1))})
     if "prefill" in wanted:
         prefill(rate, prefill_variants(d))
     if "small" in wanted:

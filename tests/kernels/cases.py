@@ -84,7 +84,11 @@ def sample_parts(n_known):
 
 def decode_splits(context, n_kv_heads, n_seqs, sms):
     """The rule of attention_decode.cu."""
-    return max(1, min(sms // (n_kv_heads * n_seqs), -(-context // 64), max(16, -(-context // 128))))
+    most = sms // (n_kv_heads * n_seqs)
+    return max(1, min(most, max(min(most // 2, -(-context // 128)), -(-context // 256))))
+
+
+DECODE_BLOCK = 256
 
 
 def embed(d, i, hidden=None, tokens=None):
@@ -465,10 +469,10 @@ def attention_decode(d, i, heads=None, contexts=None, splits=None):
     q, attn = i.normal(len(contexts), n_heads * d_head), i.poison(len(contexts), n_heads * d_head)
     part, ml = i.poison(len(contexts), n_heads, splits, d_head, dtype=F32), i.poison(len(contexts), n_heads, splits, 2, dtype=F32)
     scale = d_head ** -0.5
-    d.launch("attention_decode", f"attention_decode_{d_head}", (splits, n_kv * -(-(n_heads // n_kv) // 8), len(contexts)), 128, q, *caches, tables, seqs, part, ml, attn,
+    d.launch("attention_decode", f"attention_decode_{d_head}", (splits, n_kv * -(-(n_heads // n_kv) // 8), len(contexts)), DECODE_BLOCK, q, *caches, tables, seqs, part, ml, attn,
              n_heads, n_kv, tables.shape[1], splits, scale)
     if splits > 1:
-        d.launch("attention_decode", f"attention_combine_{d_head}", (n_heads, len(contexts)), 128, part, ml, seqs, attn, n_heads, splits)
+        d.launch("attention_decode", f"attention_combine_{d_head}", (n_heads, len(contexts)), DECODE_BLOCK, part, ml, seqs, attn, n_heads, splits)
     d.synchronize()
     want = torch.zeros(len(contexts), n_heads, d_head, dtype=F64, device=i.device)
     for s, context in enumerate(contexts):

@@ -183,9 +183,14 @@ class Cuda:
     def launch(self, file, kernel, grid, block, *args, shared=0):
         self.launched.add((file, kernel))
         packed, keep = arguments(args)
+        f = self.function(file, kernel, shared)
+        # The driver would read past the end of the list.
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        if args and self.driver.cuFuncGetParamInfo(f, len(args), ctypes.byref(offset), ctypes.byref(size)) == 0:
+            raise TypeError(f"{kernel} takes more than {len(args)} arguments")
         attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
         config = Config(triple(grid), triple(block), shared, torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), 1 if self.overlap else 0)
-        self.check(self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function(file, kernel, shared), packed, None))
+        self.check(self.driver.cuLaunchKernelEx(ctypes.byref(config), f, packed, None))
 
     def synchronize(self):
         torch.cuda.synchronize()
