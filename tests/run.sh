@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 
 assets=$PWD/models # git-ignored; launch/demo.sh keeps its model here too
+torch=$assets/torch
 target=${CARGO_TARGET_DIR:-target}
 log=$(mktemp)
 mpi_build=$(mktemp -d)
@@ -28,12 +29,23 @@ install_tools() {
     compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || apt_install libclang-dev
 }
 
+# Python with torch, which brings NVRTC with it.
+install_torch() {
+    [[ -x $torch/bin/python && -n $(nvrtc_folder) ]] && return
+    python3 -m venv --clear "$torch"
+    "$torch/bin/pip" install -q torch==2.11.0 numpy
+}
+nvrtc_folder() { find "$torch" -name 'libnvrtc.so.*' -printf '%h\n' -quit; }
+
 # Sums what `cargo test` counted.
 n_passed_by_cargo() { awk '/^test result: ok\./ { n += $4 } END { print n + 0 }' "$log"; }
 
 as_root() { if [[ $(id -u) -eq 0 ]]; then "$@"; else sudo "$@"; fi; }
 
 install_tools
+# Some gigabytes: they come while the tests are built.
+install_torch &
+installing=$!
 say "test data in $assets"
 launch/demo_model.sh "$assets/smollm2"
 tests/assets.sh "$assets"
@@ -43,9 +55,11 @@ cargo test --release --locked --no-fail-fast 2>&1 | tee "$log"
 TANDEM_TEST_ASSETS=$assets cargo test --release --locked --no-fail-fast -- --ignored assets_ 2>&1 | tee -a "$log"
 
 say "GPU kernels, compiled by NVRTC for every architecture"
-[[ -d $assets/nvrtc ]] || { python3 -m venv "$assets/nvrtc" && "$assets/nvrtc/bin/pip" install -q nvidia-cuda-nvrtc; }
-nvrtc=$(find "$assets/nvrtc" -name 'libnvrtc.so.*' -printf '%h\n' -quit)
-TANDEM_NVRTC=$nvrtc cargo test --release --locked --lib nvrtc_ -- --ignored 2>&1 | tee -a "$log"
+wait "$installing"
+TANDEM_NVRTC=$(nvrtc_folder) cargo test --release --locked --lib nvrtc_ -- --ignored 2>&1 | tee -a "$log"
+
+say "GPU kernels, emulated, against torch on random shapes"
+"$torch/bin/python" tests/kernels/check.py --rounds 6
 
 say "launchers"
 cargo build --release --locked --features mpi
