@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import re
@@ -15,8 +16,18 @@ KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels"
 HEADERS = ["common.cuh", "rope.cuh", "rows.cuh", "softmax.cuh", "wgmma.cuh"]
 
 
-def arguments(args):
+@functools.cache
+def n_parameters(source, file, kernel):
+    """As the source declares them, there for all widths at once where the kernel's name ends in one."""
+    declared = re.search(rf"\b(?:{kernel}|{re.sub(r'_[0-9]+$', '_##D', kernel)})\(([^)]*)\)\s*[{{\\]", (source / f"{file}.cu").read_text())
+    return len(declared[1].split(","))
+
+
+def arguments(source, file, kernel, args):
     """`void**` for a launch: tensors as pointers, None as null, ints as 32 bits, floats as f32."""
+    # Of a list too short the launch would read past the end.
+    wanted = n_parameters(source, file, kernel)
+    assert len(args) == wanted, f"{kernel} takes {wanted} arguments, not {len(args)}"
     values = []
     for a in args:
         if isinstance(a, torch.Tensor):
@@ -68,7 +79,7 @@ class Emulated:
     def launch(self, file, kernel, grid, block, *args, shared=0):
         lib = self.library(file)
         self.launched.add((file, kernel))
-        packed, keep = arguments(args)
+        packed, keep = arguments(self.source, file, kernel, args)
         error = ctypes.create_string_buffer(512)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         for t in tensors:
@@ -182,15 +193,10 @@ class Cuda:
 
     def launch(self, file, kernel, grid, block, *args, shared=0):
         self.launched.add((file, kernel))
-        packed, keep = arguments(args)
-        f = self.function(file, kernel, shared)
-        # The driver would read past the end of the list.
-        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-        if args and self.driver.cuFuncGetParamInfo(f, len(args), ctypes.byref(offset), ctypes.byref(size)) == 0:
-            raise TypeError(f"{kernel} takes more than {len(args)} arguments")
+        packed, keep = arguments(self.source, file, kernel, args)
         attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
         config = Config(triple(grid), triple(block), shared, torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), 1 if self.overlap else 0)
-        self.check(self.driver.cuLaunchKernelEx(ctypes.byref(config), f, packed, None))
+        self.check(self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function(file, kernel, shared), packed, None))
 
     def synchronize(self):
         torch.cuda.synchronize()
