@@ -9,7 +9,7 @@ use super::driver::{
     Arg, DevicePtr, Driver, Event, Function, Graph, IpcHandle, Launch, MemoryInfo, Pinned,
     Properties, Stream,
 };
-use super::kernels::{Compiler, Source, architecture};
+use super::kernels::{Compiler, Source, architecture, side_by_side};
 use super::libraries;
 use crate::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
@@ -30,7 +30,7 @@ pub struct Cuda {
     properties: Properties,
     /// Kernels may begin before the one in front has ended (from compute capability 9.0 on).
     overlap: bool,
-    compiler: Mutex<Compiler>,
+    compiler: Compiler,
     modules: Mutex<HashMap<&'static str, Module>>,
 }
 
@@ -121,7 +121,6 @@ impl Cuda {
             })?;
             let compiler = Compiler::new(architecture(properties.compute), cache);
             let overlap = properties.compute >= (9, 0);
-            let (compiler, modules) = (Mutex::new(compiler), Mutex::default());
             Ok(Cuda {
                 ordinal,
                 device,
@@ -129,7 +128,7 @@ impl Cuda {
                 properties,
                 overlap,
                 compiler,
-                modules,
+                modules: Mutex::default(),
             })
         }
     }
@@ -167,15 +166,16 @@ impl Cuda {
     }
 
     fn module(&self, source: &'static Source) -> Result<sys::CUmodule> {
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let modules = || self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules().get(source.name) {
+            return Ok(module.0);
+        }
+        // Others may compile meanwhile.
+        let cubin = self.compiler.cubin(source)?;
+        let mut modules = modules();
         if let Some(module) = modules.get(source.name) {
             return Ok(module.0);
         }
-        let cubin = self
-            .compiler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .cubin(source)?;
         let mut module = std::ptr::null_mut();
         // SAFETY: a whole cubin (the cache checks it), alive across the call.
         self.call("cuModuleLoadData", || unsafe {
@@ -467,6 +467,10 @@ impl Driver for Cuda {
         self.call("cuMemsetD8Async", || unsafe {
             sys::cuMemsetD8Async(dst.0, value, bytes, stream(s))
         })
+    }
+
+    fn prepare(&self, sources: &[&'static Source]) -> Result<()> {
+        side_by_side(sources, |source| self.module(source).map(|_| ()))
     }
 
     fn function(&self, source: &'static Source, name: &str) -> Result<Function> {

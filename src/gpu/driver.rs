@@ -255,6 +255,11 @@ pub trait Driver: Send + Sync {
     /// The range is valid until the stream is synchronized.
     unsafe fn fill(&self, dst: DevicePtr, value: u8, bytes: usize, stream: Stream) -> Result<()>;
 
+    /// Compiles `sources` on many threads, so that asking for their kernels takes no time afterwards.
+    fn prepare(&self, sources: &[&'static Source]) -> Result<()> {
+        let _ = sources;
+        Ok(())
+    }
     /// The kernel `name` of `source`, compiled for this device.
     fn function(&self, source: &'static Source, name: &str) -> Result<Function>;
     /// Runs a kernel.

@@ -3,6 +3,8 @@
 use super::cache::{Cache, fnv1a};
 use super::nvrtc::{ARCHITECTURE, Nvrtc};
 use crate::{Error, Result};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// One `.cu` file.
 #[derive(Debug, PartialEq, Eq)]
@@ -94,6 +96,14 @@ pub static SOURCES: &[&Source] = &[
     &READ,
 ];
 
+/// What a run on a device of this compute capability may ask for.
+pub fn of_a_run(compute: (u32, u32)) -> Vec<&'static Source> {
+    let hopper = compute == (9, 0);
+    let wanted =
+        |s: &&Source| s.name != READ.name && (hopper || s.name != ATTENTION_PREFILL_WGMMA.name);
+    SOURCES.iter().copied().filter(wanted).collect()
+}
+
 /// Options besides the architecture; part of the cache's key.
 pub const OPTIONS: &[&str] = &[
     "-std=c++17",
@@ -112,7 +122,7 @@ pub fn architecture(compute: (u32, u32)) -> String {
 pub struct Compiler {
     arch: String,
     cache: Option<Cache>,
-    nvrtc: std::cell::OnceCell<Nvrtc>,
+    nvrtc: OnceLock<Nvrtc>,
 }
 
 impl Compiler {
@@ -121,7 +131,7 @@ impl Compiler {
         Compiler {
             arch,
             cache,
-            nvrtc: std::cell::OnceCell::new(),
+            nvrtc: OnceLock::new(),
         }
     }
 
@@ -134,6 +144,7 @@ impl Compiler {
         if let Some(cubin) = self.cache.as_ref().and_then(|c| c.get(&name)) {
             return Ok(cubin);
         }
+        tracing::info!("compiling {}.cu for {}", source.name, self.arch);
         let cubin = self.nvrtc()?.compile(source, HEADERS, &self.options())?;
         if let Some(cache) = &self.cache
             && let Err(e) = cache.put(&name, &cubin)
@@ -197,15 +208,54 @@ pub fn build(archs: &[String], cache: &Cache) -> Result<usize> {
     }
     for arch in archs {
         let compiler = Compiler::new(arch.clone(), Some(cache.clone()));
-        for source in SOURCES {
+        side_by_side(SOURCES, |source| {
             compiler.cubin(source)?;
-            if cache.get(&compiler.entry(source)).is_none() {
-                return Err(Error::file(
+            match cache.get(&compiler.entry(source)) {
+                Some(_) => Ok(()),
+                None => Err(Error::file(
                     cache.dir(),
                     "the compiled kernels could not be stored",
-                ));
+                )),
             }
-        }
+        })?;
     }
     Ok(archs.len() * SOURCES.len())
+}
+
+/// Does `f` to every source on as many threads as there are cores, to the longest first; the first error in the order of
+/// `sources`.
+///
+/// # Errors
+/// Those of `f`.
+pub fn side_by_side(
+    sources: &[&'static Source],
+    f: impl Fn(&'static Source) -> Result<()> + Sync,
+) -> Result<()> {
+    let mut longest_first: Vec<usize> = (0..sources.len()).collect();
+    longest_first.sort_by_key(|&i| std::cmp::Reverse(sources[i].text.len()));
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut errors = Vec::new();
+        while let Some(&i) = longest_first.get(next.fetch_add(1, Ordering::Relaxed)) {
+            errors.extend(f(sources[i]).err().map(|e| (i, e)));
+        }
+        errors
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let errors = std::thread::scope(|scope| {
+        // A thread that the system refuses is no reason to fail: this one works too.
+        let start = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
+        let others: Vec<_> = (1..threads.min(sources.len())).map_while(start).collect();
+        let mut errors = work();
+        for thread in others {
+            errors.extend(
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            );
+        }
+        errors
+    });
+    let first = errors.into_iter().min_by_key(|(i, _)| *i);
+    first.map_or(Ok(()), |(_, e)| Err(e))
 }

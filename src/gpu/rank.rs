@@ -126,6 +126,27 @@ impl Parts {
         ranks: Option<Box<dyn HostCollective>>,
         hidden: usize,
     ) -> Result<Parts> {
+        std::thread::scope(|scope| {
+            let sources = kernels::of_a_run(driver.properties().compute);
+            let on_it = driver.clone();
+            let prepare = move || on_it.prepare(&sources);
+            // Where the system refuses a thread, kernels are compiled when they are asked for.
+            let prepared = std::thread::Builder::new().spawn_scoped(scope, prepare);
+            let parts = Parts::libraries(driver, stream, ranks, hidden)?;
+            if let Ok(prepared) = prepared {
+                let panicked = |_| Err(Error::failed("internal error: compiling panicked"));
+                prepared.join().unwrap_or_else(panicked)?;
+            }
+            Ok(parts)
+        })
+    }
+
+    fn libraries(
+        driver: Arc<dyn Driver>,
+        stream: Stream,
+        ranks: Option<Box<dyn HostCollective>>,
+        hidden: usize,
+    ) -> Result<Parts> {
         // The libraries work in the thread's current context, which any call of the driver sets.
         driver.memory()?;
         let gemm = Box::new(CublasLt::open()?);

@@ -14,6 +14,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 const EMULATION: &[(&str, &str)] = &[
     ("emulate.hpp", include_str!("../../../kernels/emulate.hpp")),
     (
+        "emulate_fiber.hpp",
+        include_str!("../../../kernels/emulate_fiber.hpp"),
+    ),
+    (
+        "emulate_names.hpp",
+        include_str!("../../../kernels/emulate_names.hpp"),
+    ),
+    (
         "emulate_wgmma.hpp",
         include_str!("../../../kernels/emulate_wgmma.hpp"),
     ),

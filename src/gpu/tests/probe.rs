@@ -2,6 +2,7 @@
 
 use super::super::probe::{Probe, Sizes};
 use super::*;
+use crate::gpu::standin::Edit;
 
 const SMALL: Sizes = Sizes {
     // An odd end, so that the last loads of the kernel are not those of its main loop.
