@@ -10,6 +10,7 @@ use tandem::cpu::{
     AttentionShape, Isa, KV_BLOCK, Kernels, Matrix, Pool, SeqView, affinity_cpus, measure_fma_rate,
     measure_read_bandwidth, physical_cores,
 };
+use tandem::engine::{Sampler, SamplingParams};
 use tandem::weights::Dtype;
 
 /// (name, rows, cols): SmolLM2-135M's products, and one of Qwen2.5-7B's.
@@ -144,6 +145,41 @@ fn attention(c: &mut Criterion, pool: &Pool) {
     group.finish();
 }
 
+/// A token of Qwen2.5's vocabulary by every kind of filter.
+fn sampler(c: &mut Criterion) {
+    let mut group = c.benchmark_group("sampler");
+    // Some thousand likely tokens, as after an open question.
+    let logits: Vec<f32> = (0..152_064u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 24) as f32)
+        .map(|u| -2.5 * (u + 1e-7).ln())
+        .collect();
+    for (top_k, top_p, min_p) in [
+        (0, 1.0, 0.0),
+        (0, 0.9, 0.0),
+        (0, 1.0, 0.05),
+        (20, 0.8, 0.0),
+        (1000, 1.0, 0.0),
+    ] {
+        let params = SamplingParams {
+            temperature: 0.7,
+            top_k,
+            top_p,
+            min_p,
+            ..SamplingParams::greedy()
+        };
+        let mut sampler = Sampler::default();
+        let name = format!("top_k {top_k}, top_p {top_p}, min_p {min_p}");
+        let mut position = 0;
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                position += 1;
+                sampler.sample(black_box(&logits), &[], &params, position)
+            });
+        });
+    }
+    group.finish();
+}
+
 fn main() {
     let mut c = Criterion::default()
         .sample_size(20)
@@ -155,5 +191,6 @@ fn main() {
     gemv(&mut c, &pool);
     gemm(&mut c, &pool);
     attention(&mut c, &pool);
+    sampler(&mut c);
     c.final_summary();
 }

@@ -85,10 +85,10 @@ impl Sampler {
     }
 
     fn draw(&self, params: &SamplingParams, position: usize) -> u32 {
-        let target = uniform(params.seed, position as u64) as f32;
+        let target = uniform(params.seed, position as u64);
         let mut cumulative = 0.0;
         for &(p, token) in &self.candidates {
-            cumulative += p;
+            cumulative += f64::from(p);
             if target < cumulative {
                 return token;
             }
@@ -130,7 +130,8 @@ impl Sampler {
         }
     }
 
-    /// Leaves in `candidates` the surviving ones of all tokens with their probabilities, most likely first.
+    /// Leaves in `candidates` the surviving ones of all tokens with their probabilities: most likely first where there is a
+    /// filter, else in the order of the vocabulary.
     fn filter(&mut self, params: &SamplingParams) {
         let c = &mut self.candidates;
         c.clear();
@@ -143,33 +144,48 @@ impl Sampler {
         self.narrow(params);
     }
 
-    /// Leaves in `candidates`, which have scaled logits, the surviving ones with their probabilities, most likely first.
+    /// The same for `candidates` that have scaled logits.
     fn narrow(&mut self, params: &SamplingParams) {
         let c = &mut self.candidates;
-        if params.top_k > 0 && params.top_k < c.len() {
+        let few = params.top_k > 0 && params.top_k < c.len();
+        if few {
             let (_, &mut kth, _) = c.select_nth_unstable_by(params.top_k - 1, most_likely_first);
             // Ties with the k-th stay, as in the reference.
             c.retain(|x| x.0 >= kth.0);
         }
-        c.sort_unstable_by(most_likely_first);
         softmax(c);
-        if params.top_p < 1.0 {
-            let mut before = 0.0;
-            let keep = c.iter().take_while(|x| {
-                let inside = before < params.top_p;
-                before += x.0;
-                inside
-            });
-            let keep = keep.count().max(1);
-            c.truncate(keep);
-            normalise(c);
+        if few || params.top_p < 1.0 || params.min_p > 0.0 {
+            keep_most_likely(c, params);
         }
-        if params.min_p > 0.0 {
-            let least = params.min_p * c.first().map_or(0.0, |x| x.0);
-            let keep = c.iter().take_while(|x| x.0 >= least).count().max(1);
-            c.truncate(keep);
-            normalise(c);
+    }
+}
+
+/// Sorts probabilities, most likely first, as far as top-p and min-p leave any, and drops the others. All of a large
+/// vocabulary takes 10 ms to sort; the few hundred that count take one.
+fn keep_most_likely(c: &mut Vec<(f32, u32)>, params: &SamplingParams) {
+    let enough = match params.top_p {
+        p if p < 1.0 => f64::from(p),
+        _ => f64::INFINITY,
+    };
+    let (mut sorted, mut more, mut before, mut least) = (0, 256, 0.0, 0.0);
+    while sorted < c.len() {
+        let end = (sorted + more).min(c.len());
+        let rest = &mut c[sorted..];
+        if end - sorted < rest.len() {
+            rest.select_nth_unstable_by(end - sorted - 1, most_likely_first);
         }
+        rest[..end - sorted].sort_unstable_by(most_likely_first);
+        if sorted == 0 {
+            least = params.min_p * c[0].0;
+        }
+        for i in sorted..end {
+            if i > 0 && (before >= enough || c[i].0 < least) {
+                c.truncate(i);
+                return normalise(c);
+            }
+            before += f64::from(c[i].0);
+        }
+        (sorted, more) = (end, 8 * more);
     }
 }
 
@@ -208,14 +224,14 @@ pub fn log_sum_exp(logits: &[f32]) -> f64 {
 }
 
 fn softmax(c: &mut [(f32, u32)]) {
-    let max = c.first().map_or(0.0, |x| x.0);
+    let max = c.iter().map(|x| x.0).fold(f32::NEG_INFINITY, f32::max);
     c.iter_mut().for_each(|x| x.0 = (x.0 - max).exp());
     normalise(c);
 }
 
 fn normalise(c: &mut [(f32, u32)]) {
-    let sum: f32 = c.iter().map(|x| x.0).sum();
-    c.iter_mut().for_each(|x| x.0 /= sum);
+    let sum: f64 = c.iter().map(|x| f64::from(x.0)).sum();
+    c.iter_mut().for_each(|x| x.0 /= sum as f32);
 }
 
 /// A number in `[0, 1)` from (seed, position): two rounds of SplitMix64's mixer (Steele et al., OOPSLA 2014).
@@ -290,6 +306,30 @@ mod tests {
             let sum: f32 = probabilities.iter().sum();
             prop_assert!((sum - 1.0).abs() < 1e-4);
             prop_assert!(probabilities[argmax(&logits) as usize] > 0.0);
+        }
+
+        /// Beside sorting everything and looking at every token.
+        #[test]
+        fn filters_keep_what_a_full_sort_keeps(
+            logits in prop::collection::vec(-6f32..6.0, 1..5000),
+            (t, k, p, m) in (0.3f32..3.0, prop_oneof![Just(0usize), 1usize..2000], 0.01f32..=1.2, prop_oneof![Just(0f32), 0.0f32..=0.5]),
+        ) {
+            let params = SamplingParams { top_k: k, top_p: p, min_p: m, ..params(t) };
+            let got = Sampler::default().probabilities(&logits, &[], &params);
+            let mut all: Vec<(f64, usize)> = logits.iter().map(|&l| f64::from(l / t)).zip(0..).collect();
+            all.sort_by(|a, b| b.0.total_cmp(&a.0));
+            let kth = all[if k == 0 { all.len() } else { k.min(all.len()) } - 1].0;
+            all.retain(|x| x.0 >= kth);
+            let sum: f64 = all.iter().map(|x| x.0.exp()).sum();
+            all.iter_mut().for_each(|x| x.0 = x.0.exp() / sum);
+            let (mut before, largest) = (0.0, all[0].0);
+            for (i, &(q, token)) in all.iter().enumerate() {
+                let near = |a: f64, b: f64| (a - b).abs() < 1e-5 * b;
+                let at_the_edge = near(before, f64::from(p)) || near(q, f64::from(m) * largest);
+                let kept = i == 0 || (p >= 1.0 || before < f64::from(p)) && q >= f64::from(m) * largest;
+                prop_assert!(at_the_edge || (got[token] > 0.0) == kept, "{i} of {}: {}", all.len(), got[token]);
+                before += q;
+            }
         }
 
         #[test]
