@@ -259,3 +259,39 @@ pub fn side_by_side(
     let first = errors.into_iter().min_by_key(|(i, _)| *i);
     first.map_or(Ok(()), |(_, e)| Err(e))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[test]
+    fn side_by_side_takes_every_source_once_and_gives_the_first_error() {
+        let seen = Mutex::new(Vec::new());
+        let visit = |source: &'static Source| {
+            seen.lock().unwrap().push(source.name);
+            match source.name {
+                "gemv" | "sample" => Err(Error::failed(source.name)),
+                _ => Ok(()),
+            }
+        };
+        assert!(side_by_side(&[], visit).is_ok());
+        let e = side_by_side(SOURCES, visit).unwrap_err();
+        assert_eq!(e.to_string(), "gemv");
+        let mut seen = seen.into_inner().unwrap();
+        let mut all: Vec<_> = SOURCES.iter().map(|s| s.name).collect();
+        seen.sort_unstable();
+        all.sort_unstable();
+        assert_eq!(seen, all);
+    }
+
+    #[test]
+    fn a_run_prepares_what_its_device_can_use() {
+        let names = |compute| of_a_run(compute).iter().map(|s| s.name).collect::<Vec<_>>();
+        let (hopper, ampere) = (names((9, 0)), names((8, 0)));
+        assert!(hopper.contains(&"attention_prefill_wgmma") && hopper.contains(&"gemv"));
+        assert!(
+            !ampere.contains(&"attention_prefill_wgmma") && ampere.contains(&"attention_prefill")
+        );
+    }
+}

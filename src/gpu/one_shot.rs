@@ -82,30 +82,11 @@ impl OneShot {
         }
         driver.synchronize(stream)?;
 
-        let exported = driver.export(inbox.ptr());
-        let offers = Offer::exchange(exported.as_ref().ok(), &mut *ranks)?;
-        let one_host = offers.iter().all(|o| o.host == offers[0].host);
-        let mut problem = match (&exported, one_host) {
-            (Err(e), _) => Some(e.clone()),
-            (_, false) => Some(Error::failed("the ranks are on several hosts")),
-            _ => None,
-        };
-        let everybody = one_host && offers.iter().all(|o| o.handle.is_some());
-        let mut pointers = Vec::new();
-        let mut imported = Vec::new();
-        for (r, offer) in offers.iter().enumerate().filter(|_| everybody) {
-            match &offer.handle {
-                _ if r == rank => pointers.push(inbox.ptr().0),
-                Some(handle) => match driver.import(handle) {
-                    Ok(ptr) => {
-                        imported.push(ptr);
-                        pointers.push(ptr.0);
-                    }
-                    Err(e) => problem = Some(e),
-                },
-                None => {}
-            }
-        }
+        let Inboxes {
+            pointers,
+            imported,
+            problem,
+        } = Inboxes::of_all(&inbox, driver, &mut *ranks)?;
         // All or none: the ranks have to take the same way.
         let agreed = ranks_agree(&mut *ranks, pointers.len() == size)?;
         if !agreed {
@@ -322,6 +303,57 @@ fn close(driver: &Arc<dyn Driver>, imported: &[DevicePtr]) {
         if let Err(e) = unsafe { driver.close_import(ptr) } {
             tracing::debug!("{e}");
         }
+    }
+}
+
+/// The ranks' inboxes as this rank sees them.
+struct Inboxes {
+    /// Of every rank, in rank order; fewer where some rank's is out of reach.
+    pointers: Vec<u64>,
+    /// Those of other ranks, to be closed.
+    imported: Vec<DevicePtr>,
+    /// Why they are fewer, where this rank knows.
+    problem: Option<Error>,
+}
+
+impl Inboxes {
+    /// Offers `mine` to all and maps theirs.
+    ///
+    /// # Errors
+    /// A lost rank.
+    fn of_all(
+        mine: &DeviceBuffer,
+        driver: &Arc<dyn Driver>,
+        ranks: &mut dyn HostCollective,
+    ) -> Result<Inboxes> {
+        let exported = driver.export(mine.ptr());
+        let offers = Offer::exchange(exported.as_ref().ok(), ranks)?;
+        let one_host = offers.iter().all(|o| o.host == offers[0].host);
+        let problem = match (exported, one_host) {
+            (Err(e), _) => Some(e),
+            (_, false) => Some(Error::failed("the ranks are on several hosts")),
+            _ => None,
+        };
+        let mut inboxes = Inboxes {
+            pointers: Vec::new(),
+            imported: Vec::new(),
+            problem,
+        };
+        let everybody = one_host && offers.iter().all(|o| o.handle.is_some());
+        for (r, offer) in offers.iter().enumerate().filter(|_| everybody) {
+            match &offer.handle {
+                _ if r == ranks.rank() => inboxes.pointers.push(mine.ptr().0),
+                Some(handle) => match driver.import(handle) {
+                    Ok(ptr) => {
+                        inboxes.imported.push(ptr);
+                        inboxes.pointers.push(ptr.0);
+                    }
+                    Err(e) => inboxes.problem = Some(e),
+                },
+                None => {}
+            }
+        }
+        Ok(inboxes)
     }
 }
 
