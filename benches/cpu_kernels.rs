@@ -10,7 +10,7 @@ use tandem::cpu::{
     AttentionShape, Isa, KV_BLOCK, Kernels, Matrix, Pool, SeqView, affinity_cpus, measure_fma_rate,
     measure_read_bandwidth, physical_cores,
 };
-use tandem::engine::{Sampler, SamplingParams};
+use tandem::engine::sampler::{Sampler, SamplingParams, argmax, log_sum_exp};
 use tandem::weights::Dtype;
 
 /// (name, rows, cols): SmolLM2-135M's products, and one of Qwen2.5-7B's.
@@ -153,6 +153,10 @@ fn sampler(c: &mut Criterion) {
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 24) as f32)
         .map(|u| -2.5 * (u + 1e-7).ln())
         .collect();
+    group.bench_function("log_sum_exp", |b| {
+        b.iter(|| log_sum_exp(black_box(&logits)))
+    });
+    group.bench_function("argmax", |b| b.iter(|| argmax(black_box(&logits))));
     for (top_k, top_p, min_p) in [
         (0, 1.0, 0.0),
         (0, 0.9, 0.0),

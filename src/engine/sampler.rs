@@ -60,10 +60,16 @@ impl SamplingParams {
 /// Buffers of the sampler, so that a token costs no allocation.
 #[derive(Debug, Default)]
 pub struct Sampler {
-    /// (logit or probability, token), the survivors of the filters.
+    /// (logit or probability, token), the survivors of the filters; unused where there is no filter.
     candidates: Vec<(f32, u32)>,
-    logits: Vec<f32>,
+    /// Of all tokens: logits, then weights.
+    all: Vec<f32>,
+    /// Sums of the weights, [`BLOCK`] of them each.
+    sums: Vec<f64>,
 }
+
+/// Numbers that are summed in single precision.
+const BLOCK: usize = 2048;
 
 impl Sampler {
     /// Chooses the token for `position` of a sequence whose tokens so far are `history`.
@@ -78,14 +84,16 @@ impl Sampler {
     ) -> u32 {
         self.penalise(logits, history, params.repetition_penalty);
         if params.temperature == 0.0 {
-            return argmax(&self.logits);
+            return argmax(&self.all);
         }
-        self.filter(params);
-        self.draw(params, position)
+        let target = uniform(params.seed, position as u64);
+        match self.weigh(params) {
+            Weighed::All(sum) => self.draw_from_all(target * sum),
+            Weighed::Candidates => self.draw_candidate(target),
+        }
     }
 
-    fn draw(&self, params: &SamplingParams, position: usize) -> u32 {
-        let target = uniform(params.seed, position as u64);
+    fn draw_candidate(&self, target: f64) -> u32 {
         let mut cumulative = 0.0;
         for &(p, token) in &self.candidates {
             cumulative += f64::from(p);
@@ -97,6 +105,33 @@ impl Sampler {
         self.candidates.last().map_or(0, |c| c.1)
     }
 
+    fn draw_from_all(&self, target: f64) -> u32 {
+        let (mut left, mut last) = (target, 0);
+        for ((block, &sum), first) in self
+            .all
+            .chunks(BLOCK)
+            .zip(&self.sums)
+            .zip((0..).step_by(BLOCK))
+        {
+            if left >= sum {
+                left -= sum;
+                continue;
+            }
+            for (&weight, token) in block.iter().zip(first..) {
+                left -= f64::from(weight);
+                if weight > 0.0 {
+                    last = token;
+                }
+                if left < 0.0 {
+                    break;
+                }
+            }
+            // Rounding may leave a hair at the end of the block.
+            break;
+        }
+        last
+    }
+
     /// The distribution that [`Sampler::sample`] draws from at a temperature above 0, over all tokens.
     pub fn probabilities(
         &mut self,
@@ -105,59 +140,89 @@ impl Sampler {
         params: &SamplingParams,
     ) -> Vec<f32> {
         self.penalise(logits, history, params.repetition_penalty);
-        self.filter(params);
-        let mut p = vec![0.0; logits.len()];
-        self.candidates
-            .iter()
-            .for_each(|&(q, token)| p[token as usize] = q);
-        p
+        match self.weigh(params) {
+            Weighed::All(sum) => self.all.iter().map(|w| w / sum as f32).collect(),
+            Weighed::Candidates => {
+                let mut p = vec![0.0; logits.len()];
+                self.candidates
+                    .iter()
+                    .for_each(|&(q, token)| p[token as usize] = q);
+                p
+            }
+        }
     }
 
     fn penalise(&mut self, logits: &[f32], history: &[u32], penalty: f32) {
-        self.logits.clear();
-        self.logits.extend_from_slice(logits);
+        self.all.clear();
+        self.all.extend_from_slice(logits);
         if penalty == 1.0 {
             return;
         }
         for &token in history {
             // Reading the original makes a repeated token count once.
-            if let (Some(&old), Some(new)) = (
-                logits.get(token as usize),
-                self.logits.get_mut(token as usize),
-            ) {
+            if let (Some(&old), Some(new)) =
+                (logits.get(token as usize), self.all.get_mut(token as usize))
+            {
                 *new = penalised(old, penalty);
             }
         }
     }
 
-    /// Leaves in `candidates` the surviving ones of all tokens with their probabilities: most likely first where there is a
-    /// filter, else in the order of the vocabulary.
-    fn filter(&mut self, params: &SamplingParams) {
-        let c = &mut self.candidates;
-        c.clear();
-        c.extend(
-            self.logits
-                .iter()
-                .zip(0..)
-                .map(|(&l, token)| (l / params.temperature, token)),
-        );
-        self.narrow(params);
+    /// From logits to weights, or where there is a filter to the probabilities of the candidates that it leaves.
+    fn weigh(&mut self, params: &SamplingParams) -> Weighed {
+        self.all.iter_mut().for_each(|l| *l /= params.temperature);
+        self.candidates.clear();
+        if params.top_k > 0 && params.top_k < self.all.len() {
+            self.take_most_likely(params.top_k);
+            let c = &mut self.candidates;
+            let max = c.iter().map(|x| x.0).fold(f32::NEG_INFINITY, f32::max);
+            c.iter_mut().for_each(|x| x.0 = exp(x.0 - max));
+            normalise(c);
+        } else {
+            let max = largest(&self.all);
+            self.all.iter_mut().for_each(|l| *l = exp(*l - max));
+            self.sums.clear();
+            self.sums.extend(self.all.chunks(BLOCK).map(sum));
+            let sum: f64 = self.sums.iter().sum();
+            if params.top_p >= 1.0 && params.min_p <= 0.0 {
+                return Weighed::All(sum);
+            }
+            // The largest weight is 1. All that is lighter than the average of what top-p may drop is not needed to reach
+            // it; half of that, because sums are rounded.
+            let droppable = f64::from(1.0 - params.top_p.clamp(0.0, 1.0)) * sum;
+            let least = params
+                .min_p
+                .max((0.5 * droppable / self.all.len() as f64) as f32);
+            let all = self.all.iter().copied().zip(0..);
+            let heavy = all.filter(|x| x.0 >= least);
+            self.candidates
+                .extend(heavy.map(|(w, token)| (w / sum as f32, token)));
+        }
+        keep_most_likely(&mut self.candidates, params);
+        Weighed::Candidates
     }
 
-    /// The same for `candidates` that have scaled logits.
-    fn narrow(&mut self, params: &SamplingParams) {
+    /// Leaves the k most likely of all in `candidates`, and ties with the k-th, as the reference does.
+    fn take_most_likely(&mut self, k: usize) {
+        // Of four times as many parts, the k-th largest maximum is no larger than the k-th largest of all.
+        let parts = self.all.chunks((self.all.len() / (4 * k)).max(1));
+        let mut maxima: Vec<f32> = parts.map(largest).collect();
+        let (_, &mut bound, _) = maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
         let c = &mut self.candidates;
-        let few = params.top_k > 0 && params.top_k < c.len();
-        if few {
-            let (_, &mut kth, _) = c.select_nth_unstable_by(params.top_k - 1, most_likely_first);
-            // Ties with the k-th stay, as in the reference.
+        c.extend(self.all.iter().copied().zip(0..).filter(|x| x.0 >= bound));
+        if c.len() > k {
+            let (_, &mut kth, _) = c.select_nth_unstable_by(k - 1, most_likely_first);
             c.retain(|x| x.0 >= kth.0);
         }
-        softmax(c);
-        if few || params.top_p < 1.0 || params.min_p > 0.0 {
-            keep_most_likely(c, params);
-        }
     }
+}
+
+/// Where the tokens in question are.
+enum Weighed {
+    /// All of them, with weights of this sum.
+    All(f64),
+    /// In `candidates`, most likely first.
+    Candidates,
 }
 
 /// Sorts probabilities, most likely first, as far as top-p and min-p leave any, and drops the others. All of a large
@@ -181,12 +246,13 @@ fn keep_most_likely(c: &mut Vec<(f32, u32)>, params: &SamplingParams) {
         for i in sorted..end {
             if i > 0 && (before >= enough || c[i].0 < least) {
                 c.truncate(i);
-                return normalise(c);
+                break;
             }
             before += f64::from(c[i].0);
         }
-        (sorted, more) = (end, 8 * more);
+        (sorted, more) = (end.min(c.len()), 8 * more);
     }
+    normalise(c);
 }
 
 fn most_likely_first(a: &(f32, u32), b: &(f32, u32)) -> std::cmp::Ordering {
@@ -204,29 +270,72 @@ fn penalised(logit: f32, penalty: f32) -> f32 {
 
 /// The first of the largest values.
 pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (&l, i) in logits.iter().zip(0..) {
-        if l > best.0 {
-            best = (l, i);
+    let max = largest(logits);
+    logits.iter().position(|&l| l == max).unwrap_or(0) as u32
+}
+
+/// Natural logarithm of the softmax's denominator.
+pub fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = largest(logits);
+    let mut block = [0.0; BLOCK];
+    let sums = logits.chunks(BLOCK).map(|logits| {
+        let block = &mut block[..logits.len()];
+        for (e, l) in block.iter_mut().zip(logits) {
+            *e = exp(l - max);
+        }
+        sum(block)
+    });
+    f64::from(max) + sums.sum::<f64>().ln()
+}
+
+// What follows is plain arithmetic, eight numbers side by side, which compilers make vectors of for any processor; and the
+// same bits on all of them: ranks have to draw alike.
+
+/// The largest number; infinitely small where there is none.
+fn largest(x: &[f32]) -> f32 {
+    let (eights, rest) = x.as_chunks::<8>();
+    let mut max = [f32::NEG_INFINITY; 8];
+    for x in eights {
+        for (max, &x) in max.iter_mut().zip(x) {
+            *max = if x > *max { x } else { *max };
         }
     }
-    best.1
+    max.iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// Natural logarithm of the softmax's denominator, in double precision.
-pub fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    max + logits
-        .iter()
-        .map(|&l| (l as f64 - max).exp())
-        .sum::<f64>()
-        .ln()
+fn sum(x: &[f32]) -> f64 {
+    let (eights, rest) = x.as_chunks::<8>();
+    let mut sum = [0.0f32; 8];
+    for x in eights {
+        for (sum, x) in sum.iter_mut().zip(x) {
+            *sum += x;
+        }
+    }
+    sum.iter().chain(rest).map(|&x| f64::from(x)).sum()
 }
 
-fn softmax(c: &mut [(f32, u32)]) {
-    let max = c.iter().map(|x| x.0).fold(f32::NEG_INFINITY, f32::max);
-    c.iter_mut().for_each(|x| x.0 = (x.0 - max).exp());
-    normalise(c);
+/// eˣ for x ≤ 0, to 3 ulp; 0 below -87.
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ by its Taylor polynomial of degree 7 (remainder below 2⁻²⁷).
+#[inline]
+fn exp(x: f32) -> f32 {
+    // Adding it leaves the nearest integer in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HI: f32 = 0.693_359_4;
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * LN2_HI) - n * LN2_LO;
+    let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
+    let p = 1.0 / 120.0 + r * p;
+    let p = 1.0 / 24.0 + r * p;
+    let p = 1.0 / 6.0 + r * p;
+    let p = 1.0 + r * (1.0 + r * (0.5 + r * p));
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    if x < -87.0 { 0.0 } else { p * power }
 }
 
 fn normalise(c: &mut [(f32, u32)]) {
@@ -270,6 +379,17 @@ mod tests {
             ..SamplingParams::greedy()
         };
         assert_eq!(s.sample(&[0.5, 2.0, 1.5, -1.0], &[1, 1], &penalised, 0), 2);
+    }
+
+    #[test]
+    fn what_is_no_number_or_impossible_is_not_drawn() {
+        assert_eq!([exp(f32::NEG_INFINITY), exp(-200.0)], [0.0, 0.0]);
+        assert!(exp(f32::NAN).is_nan() && log_sum_exp(&[1.0, f32::NAN]).is_nan());
+        let logits = [f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY];
+        let mut s = Sampler::default();
+        for position in 0..100 {
+            assert_eq!(s.sample(&logits, &[], &params(1.0), position), 1);
+        }
     }
 
     #[test]
@@ -330,6 +450,20 @@ mod tests {
                 prop_assert!(at_the_edge || (got[token] > 0.0) == kept, "{i} of {}: {}", all.len(), got[token]);
                 before += q;
             }
+        }
+
+        #[test]
+        fn exponentials_are_those_of_double_precision(x in -87f32..=0.0) {
+            let want = f64::from(x).exp();
+            prop_assert!((f64::from(exp(x)) / want - 1.0).abs() < 4e-7, "{} {want}", exp(x));
+        }
+
+        #[test]
+        fn sums_and_maxima_are_those_of_double_precision(x in prop::collection::vec(-30f32..30.0, 1..5000)) {
+            let want = x.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+            prop_assert!((log_sum_exp(&x) - want).abs() < 1e-6);
+            let first = (0..x.len()).rev().fold(0, |best, i| if x[i] >= x[best] { i } else { best });
+            prop_assert_eq!(argmax(&x) as usize, first);
         }
 
         #[test]
