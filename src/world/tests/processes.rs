@@ -2,6 +2,7 @@
 
 use super::*;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
@@ -76,6 +77,14 @@ fn process(task: &str, variables: &[(&str, String)]) -> Child {
         .stderr(Stdio::piped());
     for (name, value) in variables {
         command.env(name, value);
+    }
+    // A shell in the background ignores Ctrl-C, and so would all that it starts.
+    // SAFETY: `signal` may be called between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGINT, libc::SIG_DFL);
+            Ok(())
+        });
     }
     command.spawn().unwrap()
 }
