@@ -113,12 +113,7 @@ fn on_ranks(
     warm: bool,
 ) -> Vec<Vec<Event>> {
     let dir = models().join(name);
-    let (dir, run) = (&dir, &run);
-    let all: Vec<_> = std::thread::scope(|scope| {
-        let one = |comm: ThreadRanks| scope.spawn(move || run(replica(dir, comm, warm)));
-        let threads: Vec<_> = ThreadRanks::all(size).into_iter().map(one).collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    });
+    let all = ThreadRanks::each(size, |comm| run(replica(&dir, comm, warm)));
     assert!(
         all.iter().all(|a| *a == all[0]),
         "{name} on {size}: ranks differ"
@@ -298,12 +293,8 @@ fn steps_after_warm_up(dir: &Path, golden: &Golden, comm: ThreadRanks) -> Vec<f3
 fn after_the_warm_up_nothing_is_recorded_or_allocated() {
     for (name, size) in [("qwen2-untied", 1), ("qwen3-sharded", 2)] {
         let dir = models().join(name);
-        let (dir, golden) = (&dir, &Golden::open(&dir));
-        let outcomes: Vec<_> = std::thread::scope(|scope| {
-            let run = |comm| scope.spawn(move || steps_after_warm_up(dir, golden, comm));
-            let threads: Vec<_> = ThreadRanks::all(size).into_iter().map(run).collect();
-            threads.into_iter().map(|t| t.join().unwrap()).collect()
-        });
+        let golden = Golden::open(&dir);
+        let outcomes = ThreadRanks::each(size, |comm| steps_after_warm_up(&dir, &golden, comm));
         assert!(outcomes.iter().all(|o| *o == outcomes[0]), "{name}");
     }
 }

@@ -10,26 +10,19 @@ type Ending = fn(usize, Rank) -> Result<()>;
 fn end_two_ranks(ending: Ending) -> Vec<(Result<()>, Vec<String>)> {
     let dir = models().join("qwen2-untied");
     let golden = Golden::open(&dir);
-    let (dir, golden) = (&dir, &golden);
-    std::thread::scope(|scope| {
-        let run = |comm: ThreadRanks| {
-            scope.spawn(move || {
-                let rank = comm.rank;
-                let standin = Arc::new(Standin::new(Options {
-                    ordinal: rank as u32,
-                    ..Options::default()
-                }));
-                let hidden = ModelConfig::from_dir(dir).unwrap().hidden_size;
-                let parts = Parts::standin(&standin, Some(Box::new(comm)), hidden).unwrap();
-                let mut loaded = Rank::load(dir, 2, rank, parts, LIMITS).unwrap();
-                both_prompts(&mut loaded, golden).unwrap();
-                assert!(standin.graphs() > 0);
-                let ended = ending(rank, loaded);
-                (ended, standin.misuses())
-            })
-        };
-        let threads: Vec<_> = ThreadRanks::all(2).into_iter().map(run).collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    ThreadRanks::each(2, |comm| {
+        let rank = comm.rank;
+        let standin = Arc::new(Standin::new(Options {
+            ordinal: rank as u32,
+            ..Options::default()
+        }));
+        let hidden = ModelConfig::from_dir(&dir).unwrap().hidden_size;
+        let parts = Parts::standin(&standin, Some(Box::new(comm)), hidden).unwrap();
+        let mut loaded = Rank::load(&dir, 2, rank, parts, LIMITS).unwrap();
+        both_prompts(&mut loaded, &golden).unwrap();
+        assert!(standin.graphs() > 0);
+        let ended = ending(rank, loaded);
+        (ended, standin.misuses())
     })
 }
 

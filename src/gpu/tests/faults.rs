@@ -66,28 +66,20 @@ fn whatever_fails_on_the_device_ends_the_run_with_its_reason() {
 fn lost_at(launch: u64) -> Vec<String> {
     let dir = models().join("qwen2-untied");
     let golden = Golden::open(&dir);
-    let (dir, golden) = (&dir, &golden);
-    std::thread::scope(|scope| {
-        let run = |comm: ThreadRanks| {
-            scope.spawn(move || {
-                let rank = comm.rank;
-                let options = Options {
-                    lose_device_at_launch: (rank == 1).then_some(launch),
-                    patience: Duration::from_secs(2),
-                    ..Options::default()
-                };
-                let hidden = ModelConfig::from_dir(dir)?.hidden_size;
-                let standin = Arc::new(Standin::new(options));
-                let parts = Parts::standin(&standin, Some(Box::new(comm)), hidden)?;
-                both_prompts(&mut Rank::load(dir, 2, rank, parts, LIMITS)?, golden)
-            })
+    let outcomes = ThreadRanks::each(2, |comm| {
+        let rank = comm.rank;
+        let options = Options {
+            lose_device_at_launch: (rank == 1).then_some(launch),
+            patience: Duration::from_secs(2),
+            ..Options::default()
         };
-        let threads: Vec<_> = ThreadRanks::all(2).into_iter().map(run).collect();
-        threads
-            .into_iter()
-            .map(|t| t.join().unwrap().unwrap_err().to_string())
-            .collect()
-    })
+        let hidden = ModelConfig::from_dir(&dir)?.hidden_size;
+        let standin = Arc::new(Standin::new(options));
+        let parts = Parts::standin(&standin, Some(Box::new(comm)), hidden)?;
+        both_prompts(&mut Rank::load(&dir, 2, rank, parts, LIMITS)?, &golden)
+    });
+    let error = |outcome: Result<_>| outcome.unwrap_err().to_string();
+    outcomes.into_iter().map(error).collect()
 }
 
 #[test]

@@ -90,6 +90,16 @@ impl ThreadRanks {
         ranks
     }
 
+    /// What `run` gives on each of `size` ranks, in rank order; each has a thread.
+    fn each<T: Send>(size: usize, run: impl Fn(ThreadRanks) -> T + Sync) -> Vec<T> {
+        let run = &run;
+        std::thread::scope(|scope| {
+            let start = |comm: ThreadRanks| scope.spawn(move || run(comm));
+            let threads: Vec<_> = ThreadRanks::all(size).into_iter().map(start).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        })
+    }
+
     fn exchange(&mut self, mine: &[f32]) -> Result<Vec<Vec<f32>>> {
         let lost = |_| crate::Error::failed("a rank is gone");
         for to in &self.to {
@@ -306,38 +316,33 @@ fn both_prompts(rank: &mut Rank, golden: &Golden) -> Result<Vec<Vec<f32>>> {
 fn check_golden(name: &str, tp_size: usize, compute: (u32, u32)) {
     let dir = models().join(name);
     let golden = Golden::open(&dir);
-    let (dir, golden) = (&dir, &golden);
-    let outcomes: Vec<Vec<Vec<f32>>> = std::thread::scope(|scope| {
-        let run = |comm: ThreadRanks| {
-            scope.spawn(move || {
-                let rank = comm.rank;
-                let options = Options {
-                    seed: 7 * rank as u64 + 1,
-                    ordinal: rank as u32,
-                    compute,
-                    ..Options::default()
-                };
-                let peers: Option<Box<dyn HostCollective>> = if tp_size > 1 {
-                    Some(Box::new(comm))
-                } else {
-                    None
-                };
-                let hidden = ModelConfig::from_dir(dir)?.hidden_size;
-                let standin = Arc::new(Standin::new(options));
-                let parts = Parts::standin(&standin, peers, hidden)?;
-                if tp_size > 1 {
-                    assert_eq!(parts.comm.name(), "peer memory");
-                }
-                both_prompts(&mut Rank::load(dir, tp_size, rank, parts, LIMITS)?, golden)
-            })
+    let outcomes = ThreadRanks::each(tp_size, |comm| {
+        let rank = comm.rank;
+        let options = Options {
+            seed: 7 * rank as u64 + 1,
+            ordinal: rank as u32,
+            compute,
+            ..Options::default()
         };
-        let threads: Vec<_> = ThreadRanks::all(tp_size).into_iter().map(run).collect();
-        threads
-            .into_iter()
-            .map(|t| t.join().unwrap().unwrap())
-            .collect()
+        let peers: Option<Box<dyn HostCollective>> = if tp_size > 1 {
+            Some(Box::new(comm))
+        } else {
+            None
+        };
+        let hidden = ModelConfig::from_dir(&dir)?.hidden_size;
+        let standin = Arc::new(Standin::new(options));
+        let parts = Parts::standin(&standin, peers, hidden)?;
+        if tp_size > 1 {
+            assert_eq!(parts.comm.name(), "peer memory");
+        }
+        both_prompts(
+            &mut Rank::load(&dir, tp_size, rank, parts, LIMITS)?,
+            &golden,
+        )
     });
-    check_prompts(&format!("{name} on {tp_size}"), &outcomes[0], golden);
+    let outcomes: Result<Vec<Vec<Vec<f32>>>> = outcomes.into_iter().collect();
+    let outcomes = outcomes.unwrap();
+    check_prompts(&format!("{name} on {tp_size}"), &outcomes[0], &golden);
     assert!(
         outcomes.iter().all(|o| *o == outcomes[0]),
         "{name} on {tp_size}: the ranks' logits differ"
@@ -472,19 +477,13 @@ fn the_same_run_gives_the_same_bits_in_any_order_of_streams_and_blocks() {
 
 #[test]
 fn ranks_without_peer_memory_take_the_other_way_together() {
-    let exchanged: Vec<_> = std::thread::scope(|scope| {
-        let run = |mut comm: ThreadRanks| {
-            scope.spawn(move || {
-                let mine = [comm.rank as u8, 255];
-                let agreed = super::one_shot::ranks_agree(&mut comm, mine[0] != 1).unwrap();
-                (
-                    agreed,
-                    super::one_shot::exchange_bytes(&mut comm, &mine).unwrap(),
-                )
-            })
-        };
-        let threads: Vec<_> = ThreadRanks::all(3).into_iter().map(run).collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    let exchanged = ThreadRanks::each(3, |mut comm| {
+        let mine = [comm.rank as u8, 255];
+        let agreed = super::one_shot::ranks_agree(&mut comm, mine[0] != 1).unwrap();
+        (
+            agreed,
+            super::one_shot::exchange_bytes(&mut comm, &mine).unwrap(),
+        )
     });
     assert!(
         exchanged

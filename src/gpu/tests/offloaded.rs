@@ -65,43 +65,37 @@ struct Case {
 fn run(name: &str, tp_size: usize, case: Case, options: &Options) -> Vec<Result<Vec<Vec<f32>>>> {
     let dir = &models().join(name);
     let golden = &Golden::open(dir);
-    std::thread::scope(|scope| {
-        let run = |comm: ThreadRanks| {
-            scope.spawn(move || {
-                let rank = comm.rank;
-                let config = ModelConfig::from_dir(dir)?;
-                let shard = Shard::new(&config, tp_size, rank);
-                let options = Options {
-                    seed: options.seed + 7 * rank as u64,
-                    ordinal: rank as u32,
-                    ..options.clone()
-                };
-                let peers: Option<Box<dyn HostCollective>> = match tp_size {
-                    1 => None,
-                    _ => Some(Box::new(comm)),
-                };
-                let standin = Arc::new(Standin::new(options));
-                let parts = Parts::standin(&standin, peers, config.hidden_size)?;
-                let host = Host {
-                    placement: placement(&config, &shard, case.resident, case.pinned),
-                    on_any_rank: true,
-                    cores: case.share.map(|_| Cores {
-                        cpus: vec![0, 0],
-                        exclusive: false,
-                    }),
-                    share: Some(case.share.unwrap_or(0.0)),
-                    files: Some(Arc::new(Checkpoint::open(dir)?)),
-                };
-                let mut loaded = Rank::load_with(dir, tp_size, rank, parts, LIMITS, host)?;
-                let outcome = both_prompts(&mut loaded, golden)?;
-                let in_files = case.resident + case.pinned < 16;
-                let recorded = loaded.0.backend.recorded_graphs();
-                assert_eq!(recorded > 0, !in_files, "{case:?}: {recorded} graphs");
-                Ok(outcome)
-            })
+    ThreadRanks::each(tp_size, |comm| {
+        let rank = comm.rank;
+        let config = ModelConfig::from_dir(dir)?;
+        let shard = Shard::new(&config, tp_size, rank);
+        let options = Options {
+            seed: options.seed + 7 * rank as u64,
+            ordinal: rank as u32,
+            ..options.clone()
         };
-        let threads: Vec<_> = ThreadRanks::all(tp_size).into_iter().map(run).collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
+        let peers: Option<Box<dyn HostCollective>> = match tp_size {
+            1 => None,
+            _ => Some(Box::new(comm)),
+        };
+        let standin = Arc::new(Standin::new(options));
+        let parts = Parts::standin(&standin, peers, config.hidden_size)?;
+        let host = Host {
+            placement: placement(&config, &shard, case.resident, case.pinned),
+            on_any_rank: true,
+            cores: case.share.map(|_| Cores {
+                cpus: vec![0, 0],
+                exclusive: false,
+            }),
+            share: Some(case.share.unwrap_or(0.0)),
+            files: Some(Arc::new(Checkpoint::open(dir)?)),
+        };
+        let mut loaded = Rank::load_with(dir, tp_size, rank, parts, LIMITS, host)?;
+        let outcome = both_prompts(&mut loaded, golden)?;
+        let in_files = case.resident + case.pinned < 16;
+        let recorded = loaded.0.backend.recorded_graphs();
+        assert_eq!(recorded > 0, !in_files, "{case:?}: {recorded} graphs");
+        Ok(outcome)
     })
 }
 
