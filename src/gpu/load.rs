@@ -186,8 +186,8 @@ impl Loader<'_> {
     /// where every thread asked the driver for its own, two processes placed whole files at 29 GB/s each instead of 45.
     ///
     /// Measured on 2 × H100, 32 cores, half of a 15 GB checkpoint in the page cache to each rank (2026-11-25; the host is shared, the same
-    /// run gives 22 one minute and 29 GB/s the next): 16 threads a rank 29 GB/s each, 14 of them 32, 12 of them 30; one thread that copies
-    /// for all, with 1 MiB at a time, 10 to 30, with 0.5 MiB 10; slots of 0.25 MiB 12; the file mapped instead of read 30; the
+    /// run gives 22 one minute and 29 GB/s the next): 16 threads a rank 22 and 29 GB/s each, 12 of them 23 and 30, 14 of them 32 and once 15
+    /// and 23; in a program of its own 16 threads 24, 12 of them 36. One thread that copies for all, with 1 MiB at a time, 10 to 30, with 0.5 MiB 10; slots of 0.25 MiB 12; the file mapped instead of read 30; the
     /// mapping locked and copied from 11. The threads alone read 50 GB/s, the links alone bring 44 to 46 that way.
     fn onto_device(
         &mut self,
