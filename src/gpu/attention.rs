@@ -41,6 +41,11 @@ pub(super) fn upload_inv_freq(
     Ok(table)
 }
 
+/// Where a weight lies, if the model has it.
+fn pointer(w: &Option<GpuWeight>) -> DevicePtr {
+    w.as_ref().map_or(DevicePtr(0), |w| w.ptr)
+}
+
 impl GpuBackend {
     /// K and V cache of a layer.
     fn layer_cache(&self, index: usize) -> (DevicePtr, DevicePtr) {
@@ -63,68 +68,86 @@ impl GpuBackend {
         if self.g.n_heads == 0 {
             return Ok(());
         }
-        let (s, g) = (self.step, &self.g);
-        let (t, (nq, nkv, d)) = (s.n_tokens, (g.n_heads, g.n_kv_heads, g.padded_head_dim));
-        let pointer = |w: &Option<GpuWeight>| w.as_ref().map_or(DevicePtr(0), |w| w.ptr);
-        let bias = pointer(&layer.qkv_bias);
-        let (k_cache, v_cache) = self.layer_cache(index);
-        let (inv_freq, scale) = (self.inv_freq.ptr(), self.rope_scale);
-        if t <= GEMV_ROWS && layer.q_norm.is_none() && layer.qkv.host.is_none() {
-            let (w, k) = (layer.qkv.ptr, g.hidden);
-            let args = args![
-                w,
-                h.ptr,
-                bias,
-                inv_freq,
-                scale,
-                s.positions,
-                s.slots,
-                q.ptr,
-                k_cache,
-                v_cache,
-                t,
-                nq,
-                nkv,
-                d,
-                k,
-                k
-            ];
-            let launch = self.kernels.gemv_launch(g.qkv_width() / 16, k);
-            return self.launch(self.kernels.gemv_qkv_rope, &launch, &args);
+        let fused =
+            self.step.n_tokens <= GEMV_ROWS && layer.q_norm.is_none() && layer.qkv.host.is_none();
+        if fused {
+            self.project_in_one(index, layer, h, q)
+        } else {
+            self.project_in_two(index, layer, h, q)
         }
-        let eps = g.head_norm_eps(self.rms_norm_eps);
-        let (q_norm, k_norm) = (pointer(&layer.q_norm), pointer(&layer.k_norm));
-        let qkv = self.product;
+    }
+
+    /// Small steps of models without head norms: all of it inside the product.
+    fn project_in_one(
+        &self,
+        index: usize,
+        layer: &Layer<GpuWeight>,
+        h: &GpuBuf,
+        q: &mut GpuBuf,
+    ) -> Result<()> {
+        let (s, g) = (self.step, &self.g);
+        let (k_cache, v_cache) = self.layer_cache(index);
         let args = args![
-            qkv,
-            bias,
-            q_norm,
-            k_norm,
-            inv_freq,
-            scale,
-            eps,
+            layer.qkv.ptr,
+            h.ptr,
+            pointer(&layer.qkv_bias),
+            self.inv_freq.ptr(),
+            self.rope_scale,
             s.positions,
             s.slots,
             q.ptr,
             k_cache,
             v_cache,
-            nq,
-            nkv,
-            d
+            s.n_tokens,
+            g.n_heads,
+            g.n_kv_heads,
+            g.padded_head_dim,
+            g.hidden,
+            g.hidden
         ];
-        let warps = 4;
-        let grid = (nq + 2 * nkv).div_ceil(warps);
-        let launch = Launch {
-            grid: [grid as u32, t as u32, 1],
-            block: [32 * warps as u32, 1, 1],
-            shared: 0,
-        };
+        let launch = self.kernels.gemv_launch(g.qkv_width() / 16, g.hidden);
+        self.launch(self.kernels.gemv_qkv_rope, &launch, &args)
+    }
+
+    fn project_in_two(
+        &mut self,
+        index: usize,
+        layer: &Layer<GpuWeight>,
+        h: &GpuBuf,
+        q: &mut GpuBuf,
+    ) -> Result<()> {
         let to = Target {
-            y: qkv,
+            y: self.product,
             ld: self.g.qkv_width(),
             form: Form::F32,
         };
-        self.product(h.ptr, &layer.qkv, t, to)?;
+        self.product(h.ptr, &layer.qkv, self.step.n_tokens, to)?;
+        let (s, g) = (self.step, &self.g);
+        let (k_cache, v_cache) = self.layer_cache(index);
+        let args = args![
+            to.y,
+            pointer(&layer.qkv_bias),
+            pointer(&layer.q_norm),
+            pointer(&layer.k_norm),
+            self.inv_freq.ptr(),
+            self.rope_scale,
+            g.head_norm_eps(self.rms_norm_eps),
+            s.positions,
+            s.slots,
+            q.ptr,
+            k_cache,
+            v_cache,
+            g.n_heads,
+            g.n_kv_heads,
+            g.padded_head_dim
+        ];
+        let warps = 4;
+        let grid = (g.n_heads + 2 * g.n_kv_heads).div_ceil(warps);
+        let launch = Launch {
+            grid: [grid as u32, s.n_tokens as u32, 1],
+            block: [32 * warps as u32, 1, 1],
+            shared: 0,
+        };
         self.launch(self.kernels.qkv_rope, &launch, &args)
     }
 

@@ -77,6 +77,22 @@ pub struct GpuBackend {
     pub(super) logits: Vec<f32>,
 }
 
+fn activations(arena: &Arena, g: &Geometry, vocab_size: usize) -> Activations<GpuBuf> {
+    let at = |name: &str, cols: usize| GpuBuf {
+        ptr: arena.get(name),
+        cols,
+    };
+    Activations {
+        x: at("x", g.hidden),
+        h: at("h", g.hidden),
+        q: at("q", g.q_width()),
+        attn: at("attn", g.q_width()),
+        mlp: at("mlp", g.padded_inter),
+        partial: at("partial", g.hidden),
+        logits: at("logits", vocab_size),
+    }
+}
+
 impl GpuBackend {
     /// A backend for one rank with everything allocated that its steps will use.
     ///
@@ -99,24 +115,12 @@ impl GpuBackend {
         let sms = driver.properties().sm_count as usize;
         let buffers = StepBuffers::new(&g, &limits, sms, gemm.workspace_bytes());
         let arena = Arena::new(&driver, &buffers)?;
+        let activations = activations(&arena, &g, config.vocab_size);
         let cache = DeviceBuffer::new(&driver, kv_bytes(&g, limits.n_kv_blocks), "KV cache")?;
         let (inv_freq, rope_scale) = config.rope.inv_freq(g.head_dim);
         let n_logits = limits.max_logit_rows * config.vocab_size;
-        let at = |name: &str, cols: usize| GpuBuf {
-            ptr: arena.get(name),
-            cols,
-        };
-        let activations = Activations {
-            x: at("x", g.hidden),
-            h: at("h", g.hidden),
-            q: at("q", g.q_width()),
-            attn: at("attn", g.q_width()),
-            mlp: at("mlp", g.padded_inter),
-            partial: at("partial", g.hidden),
-            logits: at("logits", config.vocab_size),
-        };
         let alone = g.vocab.len() == 1;
-        let batch = arena.get("batch");
+        let pinned = |bytes, what| PinnedBuffer::new(&driver, bytes, Pinned::Cached, what);
         let backend = GpuBackend {
             kernels: Kernels::new(&driver, g.padded_head_dim)?,
             limits,
@@ -127,15 +131,10 @@ impl GpuBackend {
             wanted: arena.get("wanted"),
             logits_local: arena.get(if alone { "logits" } else { "logits_local" }),
             workspace: arena.get("workspace"),
-            step: Step::none(batch),
+            step: Step::none(arena.get("batch")),
             rows: 0,
             graphs: Graphs::new(&driver, stream),
-            staging: PinnedBuffer::new(
-                &driver,
-                arena::batch_words(&limits) * 4,
-                Pinned::Cached,
-                "step staging",
-            )?,
+            staging: pinned(arena::batch_words(&limits) * 4, "step staging")?,
             sent: OwnedEvent::new(&driver, false)?,
             done: OwnedEvent::new(&driver, false)?,
             n_known: config.vocab_size,
@@ -144,17 +143,8 @@ impl GpuBackend {
                 Fetching::new(&driver, &limits)?,
             ],
             turn: 0,
-            logits_host: PinnedBuffer::new(
-                &driver,
-                n_logits * 4,
-                Pinned::Cached,
-                "logits on the host",
-            )?,
-            logits: if alone {
-                Vec::new()
-            } else {
-                vec![0.0; n_logits]
-            },
+            logits_host: pinned(n_logits * 4, "logits on the host")?,
+            logits: vec![0.0; if alone { 0 } else { n_logits }],
             _weights: weights,
             steps_offload: offload.is_some(),
             offload,

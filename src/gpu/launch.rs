@@ -177,7 +177,11 @@ impl Kernels {
 /// tiles; the notebook in `gemv.cu` has the reasons.
 fn gemv_launch(tiles: usize, k: usize, sms: usize) -> Launch {
     let tiles = tiles.max(1);
-    let order = if tiles <= sms { [16, 8, 4] } else { [8, 16, 4] };
+    let order = if tiles <= sms || tiles >= 32 * sms {
+        [16, 8, 4]
+    } else {
+        [8, 16, 4]
+    };
     let busy = |warps: &usize| *warps == 4 || *warps < 2 * k.div_ceil(256);
     let shape = |warps: usize| {
         let grid = (sms * 16 / warps).min(8 * tiles);
@@ -206,7 +210,7 @@ mod tests {
             ((288, 3584, 132), (132, 512)),
             ((224, 18944, 132), (264, 256)),
             ((2368, 3584, 132), (264, 256)),
-            ((9504, 3584, 132), (264, 256)),
+            ((9504, 3584, 132), (132, 512)),
             ((36, 576, 132), (288, 128)),
             ((512, 14784, 132), (264, 256)),
             ((56, 4864, 132), (132, 512)),

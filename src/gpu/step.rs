@@ -89,53 +89,18 @@ impl Step {
         };
         let filled = fill.len();
         let zeros = || std::iter::repeat_n(0, filled);
-        let mut n = 0;
-        let mut put = |values: &mut dyn Iterator<Item = u32>| {
-            let begin = at.offset(4 * n);
-            for value in values {
-                words[n] = value;
-                n += 1;
-            }
-            begin
-        };
+        let mut words = Words { words, at, n: 0 };
         // Sequences first: they are read 16 bytes at a time. Tables behind what has its place by the counts alone, and draws,
         // which no graph knows, behind those.
-        let mut table_row = 0;
-        let seqs = put(&mut batch
-            .seqs
-            .iter()
-            .flat_map(|s| {
-                let row = table_row;
-                table_row += s.blocks.len() as u32;
-                [s.start as u32, s.len as u32, s.context_len as u32, row]
-            })
-            .chain(fill.clone().flat_map(|row| [row as u32, 1, 0, 0])));
-        let tokens = put(&mut batch.tokens.iter().copied().chain(zeros()));
-        let positions = put(&mut batch.positions.iter().copied().chain(zeros()));
-        let slots = put(&mut batch
-            .seqs
-            .iter()
-            .flat_map(|s| {
-                let slot =
-                    |p: usize| s.blocks[p / KV_BLOCK] * KV_BLOCK as u32 + (p % KV_BLOCK) as u32;
-                (s.context_len - s.len..s.context_len).map(slot)
-            })
-            .chain(std::iter::repeat_n(NO_SLOT, filled)));
-        let rows = put(&mut batch
-            .logit_rows
-            .iter()
-            .copied()
-            .chain(fill.map(|row| row as u32)));
-        let tables = put(&mut batch.seqs.iter().flat_map(|s| s.blocks.iter().copied()));
-        let (draws, n) = match batch.draws.is_empty() {
-            true => (None, n),
-            false => {
-                let first = n.next_multiple_of(4);
-                let end = first + DRAW_WORDS * batch.draws.len();
-                put_draws(batch, &mut words[first..end]);
-                (Some(at.offset(4 * first)), end)
-            }
-        };
+        let seqs =
+            words.put(seq_rows(batch).chain(fill.clone().flat_map(|row| [row as u32, 1, 0, 0])));
+        let tokens = words.put(batch.tokens.iter().copied().chain(zeros()));
+        let positions = words.put(batch.positions.iter().copied().chain(zeros()));
+        let slots = words.put(slots(batch).chain(std::iter::repeat_n(NO_SLOT, filled)));
+        let wanted = batch.logit_rows.iter().copied();
+        let rows = words.put(wanted.chain(fill.map(|row| row as u32)));
+        let tables = words.put(batch.seqs.iter().flat_map(|s| s.blocks.iter().copied()));
+        let draws = (!batch.draws.is_empty()).then(|| words.put_draws(batch));
         let longest = |f: fn(&BatchSeq) -> usize| batch.seqs.iter().map(f).max().unwrap_or(0);
         let step = Step {
             n_tokens: batch.tokens.len() + filled,
@@ -152,7 +117,7 @@ impl Step {
             draws,
             tables,
         };
-        (step, n)
+        (step, words.n)
     }
 
     /// The key of a step in which every sequence has one token and wants its logits.
@@ -163,6 +128,51 @@ impl Step {
             splits: self.splits,
         })
     }
+}
+
+/// A step's tables on their way to `at` on the device, one behind the other.
+struct Words<'a> {
+    words: &'a mut [u32],
+    at: DevicePtr,
+    n: usize,
+}
+
+impl Words<'_> {
+    /// Where `values` will lie.
+    fn put(&mut self, values: impl Iterator<Item = u32>) -> DevicePtr {
+        let begin = self.at.offset(4 * self.n);
+        for value in values {
+            self.words[self.n] = value;
+            self.n += 1;
+        }
+        begin
+    }
+
+    /// 16 bytes are read at a time.
+    fn put_draws(&mut self, batch: &Batch) -> DevicePtr {
+        let first = self.n.next_multiple_of(4);
+        self.n = first + DRAW_WORDS * batch.draws.len();
+        put_draws(batch, &mut self.words[first..self.n]);
+        self.at.offset(4 * first)
+    }
+}
+
+/// Four words a sequence: first token, tokens, context, first word of its block table.
+fn seq_rows(batch: &Batch) -> impl Iterator<Item = u32> {
+    let mut table_row = 0;
+    batch.seqs.iter().flat_map(move |s| {
+        let row = table_row;
+        table_row += s.blocks.len() as u32;
+        [s.start as u32, s.len as u32, s.context_len as u32, row]
+    })
+}
+
+/// Where in the cache each token's K and V go.
+fn slots(batch: &Batch) -> impl Iterator<Item = u32> {
+    batch.seqs.iter().flat_map(|s| {
+        let slot = |p: usize| s.blocks[p / KV_BLOCK] * KV_BLOCK as u32 + (p % KV_BLOCK) as u32;
+        (s.context_len - s.len..s.context_len).map(slot)
+    })
 }
 
 /// Words of a `Draw`.

@@ -3,26 +3,25 @@
 //! Each rank looks at its own files and machine first, then they meet, so that whatever is wrong anywhere is shown
 //! once, before a byte of weights is read.
 
+mod load;
 mod probe;
 mod site;
 
 use crate::cli::{ModelArgs, RankArgs, Weights};
-use crate::comm::HostCollective;
 use crate::config::{ModelConfig, named_shape};
-use crate::cpu::{self, CpuBackend, HostWeight, Pool};
-use crate::engine::{Engine, Replica, Scheduler, Step, serve};
-use crate::gpu;
+use crate::engine::{Engine, Scheduler, Step, serve};
 use crate::logging;
-use crate::model::{Limits, Qwen, check_tensors};
+use crate::model::check_tensors;
 use crate::output::RankReport;
-use crate::plan::{self, DeviceKind, Plan, Prediction, Shard};
-use crate::weights::{self, Arena, Checkpoint, Dtype, LoadStats, LocalMatrix, Source};
+use crate::plan::{self, DeviceKind, Plan, Prediction};
+use crate::weights::{Checkpoint, Dtype};
 use crate::world::{Group, Hello, MeetOptions, World, WorldFlags};
 use crate::{Error, Result};
+use load::Loading;
+pub use load::{Place, load_rank};
 pub use probe::probe;
 use serde::{Deserialize, Serialize};
 use site::Site;
-use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::path::Path;
 use std::sync::Arc;
@@ -188,71 +187,18 @@ fn prepare<W>(
     let demand = share_demand(work.as_ref().map(|w| w.0), group)?;
     let plan = make_plan(args, &model, &demand, group)?;
     tracing::info!("{}", plan.in_a_line());
-    let source = match &model.checkpoint {
-        Some(checkpoint) => Source::Checkpoint(checkpoint),
-        None => Source::Random { seed: 0 },
+    let loading = Loading {
+        args,
+        config: &model.config,
+        checkpoint: &model.checkpoint,
+        dtype: model.dtype,
+        plan: &plan,
+        demand: &demand,
+        group,
     };
-    let shard = &plan.ranks[group.rank()].shard;
-    let limits = Limits {
-        max_step_tokens: plan.max_step_tokens,
-        max_logit_rows: plan.request.max_seqs,
-        n_kv_blocks: plan.n_kv_blocks,
-    };
-    let (mut predicted, mut host_gbs) = (plan.predicted, None);
-    let mut replica: Box<dyn Step> = match model.site {
-        Site::Cpu => {
-            let place = Place {
-                shard,
-                limits,
-                pool: make_pool(group)?,
-                comm: group.take_collective(),
-            };
-            let known = demand.n_tokens_known;
-            Box::new(load_rank(&model.config, source, model.dtype, place, known)?)
-        }
-        Site::Gpu(cuda) => {
-            let ranks = (group.size() > 1).then(|| group.take_collective());
-            let parts = gpu::Coming::cuda(*cuda, ranks, model.config.hidden_size)?;
-            let threads = pool_share(group).len();
-            let host = gpu::Host {
-                placement: plan.ranks[group.rank()].placement,
-                on_any_rank: !plan.fits(),
-                cores: (args.host_share != Some(0.0)).then(|| host_cores(group)),
-                share: args.host_share,
-                files: model.checkpoint.clone(),
-            };
-            let bytes = plan.ranks[group.rank()].bytes.weights;
-            let bar = logging::byte_bar(bytes, group.rank() == 0);
-            let progress = |n| bar.inc(n);
-            let mut loaded = gpu::load_rank(
-                &model.config,
-                source,
-                model.dtype,
-                shard,
-                limits,
-                parts,
-                host,
-                threads,
-                &progress,
-            )?;
-            bar.finish_and_clear();
-            say_loaded(&loaded.stats);
-            tracing::info!("memory after the load: {}", loaded.memory_line()?);
-            if let Some((link, cores)) = loaded.host_rates {
-                host_gbs = Some(link + cores);
-                predicted = plan.predicted_at(measured_rates(&plan, link, cores))?;
-                tracing::info!("by these rates {:.1} ms a token", 1e3 * predicted.tpot_s);
-            }
-            loaded.warm_up(demand.n_tokens_known)?;
-            tracing::info!("memory when warm: {}", loaded.memory_line()?);
-            Box::new(Replica::new(
-                loaded.backend,
-                loaded.model,
-                loaded.activations,
-                model.config.vocab_size,
-                demand.n_tokens_known,
-            ))
-        }
+    let (mut replica, host_gbs, predicted): (Box<dyn Step>, _, _) = match model.site {
+        Site::Cpu => (Box::new(loading.on_cpu()?), None, plan.predicted),
+        Site::Gpu(cuda) => loading.on_gpu(*cuda)?,
     };
     if demand.keep_logits {
         replica.keep_logits();
@@ -270,18 +216,6 @@ fn prepare<W>(
         host_gbs,
     };
     Ok((replica, scheduler, report))
-}
-
-/// The plan's rates with what one rank has measured of its link and its cores; the others of its node are taken to be alike.
-fn measured_rates(plan: &Plan, link: f64, cores: f64) -> plan::Rates {
-    let sharers = plan.request.ranks_per_node.min(plan.request.tp_size) as f64;
-    let mut rates = plan.request.rates;
-    if let Some(gpu) = &mut rates.gpu {
-        gpu.link_gbs = plan::Rate::measured(gpu.link_gbs.value.max(link));
-    }
-    rates.host_read_gbs = plan::Rate::measured(rates.host_read_gbs.value.max(cores * sharers));
-    rates.together_gbs = Some(plan::Rate::measured((link + cores) * sharers));
-    rates
 }
 
 /// Rank 0 tells the others what its input needs.
@@ -343,129 +277,6 @@ fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) ->
         request.max_seqs /= 2;
     }
     widest.unwrap_or_else(|| Err(Error::failed("internal error: nothing was planned")))
-}
-
-/// The ranks on this rank's host that may run on the same CPUs, and its number among them.
-fn sharers(group: &Group) -> (usize, usize) {
-    let me = &group.hellos()[group.rank()];
-    let same = |h: &&Hello| h.host == me.host && h.cpus == me.cpus;
-    let ranks: Vec<_> = group.hellos().iter().filter(same).collect();
-    let index = ranks.iter().position(|h| h.rank == me.rank);
-    (index.unwrap_or(0), ranks.len())
-}
-
-/// The cores that are this rank's: ranks on one host with the same CPUs divide them.
-fn pool_share(group: &Group) -> Vec<usize> {
-    let (index, of) = sharers(group);
-    let cores = cpu::physical_cores(&group.hellos()[group.rank()].cpus);
-    cpu::share_of_cpus(&cores, index, of)
-}
-
-/// The CPUs that multiply a share of what is not on the GPU: all of this rank's but one, which drives the GPU. Unlike
-/// arithmetic, reading memory gains from every hardware thread of a core.
-fn host_cores(group: &Group) -> gpu::Cores {
-    let mine = &group.hellos()[group.rank()].cpus;
-    let (index, of) = sharers(group);
-    let mut cpus = cpu::share_of_cpus(mine, index, of);
-    if cpus.len() >= 4 {
-        cpus.remove(0);
-    }
-    gpu::Cores {
-        cpus,
-        exclusive: !cpu::oversubscribed(mine, of),
-    }
-}
-
-/// One thread a core of this rank's share.
-fn make_pool(group: &Group) -> Result<Pool> {
-    let cores = cpu::physical_cores(&group.hellos()[group.rank()].cpus);
-    let share = pool_share(group);
-    if cpu::oversubscribed(&cores, sharers(group).1) {
-        Pool::sharing(&share)
-    } else {
-        Pool::new(&share)
-    }
-}
-
-/// Where one rank's part of a model goes, and what runs it.
-pub struct Place<'a> {
-    /// Its slice of every divided axis.
-    pub shard: &'a Shard,
-    /// Sizes of its step buffers and its cache.
-    pub limits: Limits,
-    /// Its threads.
-    pub pool: Pool,
-    /// Its connection to the other ranks.
-    pub comm: Box<dyn HostCollective>,
-}
-
-/// Loads one rank's slices and makes everything ready to step; logits of ids from `n_tokens_known` on are never sampled.
-///
-/// # Errors
-/// Memory or files that fail.
-pub fn load_rank(
-    config: &ModelConfig,
-    source: Source<'_>,
-    dtype: Dtype,
-    place: Place<'_>,
-    n_tokens_known: usize,
-) -> Result<Replica<CpuBackend>> {
-    let Place {
-        shard,
-        limits,
-        pool,
-        comm,
-    } = place;
-    let matrices = shard.matrices(config, dtype);
-    let mut loaded = load_weights(source, &matrices, pool.threads(), shard.tp_rank == 0)?;
-    let qwen = Qwen::assemble(config, |name| {
-        loaded
-            .remove(name)
-            .ok_or_else(|| Error::failed(format!("no weight {name} was loaded")))
-    })?;
-    let (backend, activations) = CpuBackend::new(config, shard, limits, pool, comm);
-    Ok(Replica::new(
-        backend,
-        qwen,
-        activations,
-        config.vocab_size,
-        n_tokens_known,
-    ))
-}
-
-fn load_weights(
-    source: Source<'_>,
-    matrices: &[LocalMatrix],
-    threads: usize,
-    show: bool,
-) -> Result<HashMap<String, HostWeight>> {
-    let sizes = || matrices.iter().map(LocalMatrix::bytes);
-    let mut arena = Arena::new(Arena::bytes_for(sizes()))?;
-    let mut weights = matrices
-        .iter()
-        .map(|m| HostWeight::new(&mut arena, m))
-        .collect::<Result<Vec<_>>>()?;
-    let mut places: Vec<_> = weights.iter_mut().map(HostWeight::bytes_mut).collect();
-    let bar = logging::byte_bar(sizes().sum::<usize>() as u64, show);
-    let stats = weights::load(source, matrices, &mut places, threads, &|bytes| {
-        bar.inc(bytes)
-    })?;
-    bar.finish_and_clear();
-    say_loaded(&stats);
-    Ok(matrices
-        .iter()
-        .map(|m| m.name.clone())
-        .zip(weights)
-        .collect())
-}
-
-fn say_loaded(stats: &LoadStats) {
-    tracing::info!(
-        "loaded {} in {:.2} s ({:.2} GB/s)",
-        plan::bytes::format(stats.bytes_placed),
-        stats.seconds,
-        stats.bytes_placed as f64 / stats.seconds / 1e9
-    );
 }
 
 fn report(group: &Group, plan: &Plan) -> Vec<RankReport> {

@@ -1,6 +1,7 @@
 //! The ceilings of the ranks' machine, measured by the ranks in the places that a model would have.
 
-use super::{Site, make_pool};
+use super::Site;
+use super::load::make_pool;
 use crate::Result;
 use crate::bench::ceilings::{
     AllReduce, AtStart, Ceilings, DECODE_ROWS, GpuCeilings, LARGE_SUMS, RankCeilings,

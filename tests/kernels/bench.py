@@ -99,24 +99,10 @@ SHAPES = [  # name, n, k, fused gate·up
 ]
 
 
-def whole_tiles(tiles, k, sms):
-    """The rule of gemv.cu with grids that divide the tiles: no block has a part of one."""
-    best = None
-    for warps in (16, 8, 4) if tiles <= sms else (8, 16, 4):
-        if warps > 4 and warps >= 2 * -(-k // 256):
-            continue
-        grid = -(-tiles // -(-tiles // (sms * 16 // warps)))
-        fullest = -(-tiles // grid) * -(-grid // sms)
-        if best is None or fullest < best[0]:
-            best = fullest, grid, 32 * warps
-    return best[1:]
-
-
 # Launch rules to compare: warps of a block, blocks a multiprocessor.
 RULES = {f"{warps} × {per_sm}": (lambda tiles, k, sms, w=warps, p=per_sm: (min(sms * p, 8 * tiles), 32 * w))
          for warps, per_sm in ((16, 1), (8, 2), (4, 4))}
 RULES["rule"] = cases.gemv_launch
-RULES["whole tiles"] = whole_tiles
 
 
 def gemv_us(d, weights, m, n, k, fused, rule=cases.gemv_launch):
@@ -134,16 +120,28 @@ def gemv_us(d, weights, m, n, k, fused, rule=cases.gemv_launch):
     return graph_us(run, len(weights))
 
 
+def cublas_and_silu_us(d, weights, xs, outs):
+    m, width = outs[0].shape[0], outs[0].shape[1] // 2
+    ys = [torch.empty(m, width, device=GPU, dtype=BF16) for _ in weights]
+
+    def run():
+        for x, w, out, y in zip(xs, weights, outs, ys):
+            torch.mm(x, w.T, out=out)
+            d.launch("activation", "silu_mul", (-(-width // 2048), m), 256, out, y, width, width, width)
+    return graph_us(run, len(weights))
+
+
 def gemv(read, devices, batches=(1,), rules={"rule": cases.gemv_launch}):
-    """Each shape by each variant, launch rule and batch; cuBLAS beside."""
-    print(f"\n{'GEMV µs':14}{'m':>2}{'MB':>7}{'floor':>7}{'cuBLAS':>7} | " + " | ".join(f"{name}: {', '.join(rules)}" for name in devices))
+    """Each shape by each variant, launch rule and batch; cuBLAS beside, where gate and up are fused also with the kernel that must follow it."""
+    print(f"\n{'GEMV µs':14}{'m':>2}{'MB':>7}{'floor':>7}{'cuBLAS':>7}{'+ SiLU':>7} | " + " | ".join(f"{name}: {', '.join(rules)}" for name in devices))
     for name, n, k, fused in SHAPES:
         weights = [normal(n, k, scale=k**-0.5) for _ in range(copies(2 * n * k))]
         for m in batches:
             xs, outs = [normal(m, k) for _ in weights], [torch.empty(m, n, device=GPU, dtype=BF16) for _ in weights]
             floor = 2 * n * k / read * 1e-6
             cublas = graph_us(lambda: [torch.mm(x, w.T, out=o) for x, w, o in zip(xs, weights, outs)], len(weights))
-            row, best = f"{name:14}{m:2}{2e-6 * n * k:7.1f}{floor:7.2f}{cublas:7.2f}", math.inf
+            with_silu = f"{cublas_and_silu_us(next(iter(devices.values())), weights, xs, outs):7.2f}" if fused else " " * 7
+            row, best = f"{name:14}{m:2}{2e-6 * n * k:7.1f}{floor:7.2f}{cublas:7.2f}{with_silu}", math.inf
             for d in devices.values():
                 row += " |"
                 for rule in rules.values():

@@ -67,7 +67,7 @@ def norm_block(hidden):
 def gemv_launch(tiles, k, sms):
     """The launch rule of gemv.cu: grid and block."""
     best = None
-    for warps in (16, 8, 4) if tiles <= sms else (8, 16, 4):
+    for warps in (16, 8, 4) if tiles <= sms or tiles >= 32 * sms else (8, 16, 4):
         if warps > 4 and warps >= 2 * -(-k // 256):
             continue
         grid = min(sms * 16 // warps, 8 * tiles)
