@@ -17,7 +17,7 @@
 // Launch rule: the kernel uses at most 128 registers a thread, so 16 warps share a multiprocessor, as 16 × 1, 8 × 2 or 4 × 4 (warps of
 // a block × blocks). For each, grid = min(sms · blocks, 8 · tiles): every block has the same rows but for one pair, in as few tiles as hold
 // them. Take the one whose fullest multiprocessor has the fewest tiles, those of a block · ceil(grid / sms); among equals 8 × 2,
-// then 16 × 1, then 4 × 4, but 16 × 1 first where tiles ≤ sms. More warps than ceil(k / 256) have nothing to do: leave those out (4 × 4
+// then 16 × 1, then 4 × 4, but 16 × 1 first where tiles ≤ sms or ≥ 32 · sms (heads). More warps than ceil(k / 256) have nothing to do: leave those out (4 × 4
 // always stays in). tests/kernels/cases.py has it as code.
 //
 // How it works. A tensor-core product m16n8k16 takes 16 rows of w against 8 rows of x, so the arithmetic costs next to nothing for any
@@ -70,10 +70,27 @@
 //   * once, ahead of the wait, prefetch.global.L2 of the 2, 4, 8 or 16 steps after the registers' (H200, 2026-11-25), expected to use the wait behind norms and
 //     attention: a 7B step 0.7, 2.7, 5 and 9% slower, half of 72B 0.5 to 9%. There is no such wait: without its norms' kernels a 7B or 72B step is no shorter.
 //   * overlap (programmatic launch) off: 3% slower for the 7B step and half of 72B, 11% for half of 7B (with the first rule).
-//   m = 2, 4, 8, with the rule for whole tiles (H200, 2026-11-25): within 8% of m = 1, 16% at the smallest shapes. cuBLAS is slower everywhere but at
-//   29568×8192 (116.1 µs against 118.7 at m = 2, 117.7 against 122.9 at m = 8) and at 76032×8192 from m = 4 (295.8 against 304.8 at 8).
-//   Pairs of rows, two H200s of the same day: cuBLAS is ahead at 29568×8192 from m = 4 (3 to 6%), at 76032×8192 from m = 2 (2 to 7%), and at m = 8 at
-//   4608×3584 (2 to 4%), 152064×3584 (up to 2%) and 4864·2×896 (3%).
+// m = 2, 4, 8 (H200s, 2026-11-25): within 8% of m = 1, 16% at the smallest shapes. cuBLAS is slower but for
+//     4608×3584    m = 8: 11.1 µs against 11.5                 29568×8192   m = 2, 4, 8: 111 to 114 against 115, 116, 119; with the
+//     152064×3584  m = 8: 252.8 against 250.7 since 16 × 1      SiLU that must follow it 114 to 115
+//     76032×8192   m = 2, 4, 8: 280 to 283 against 284, 289, 296 to 300
+// The cause is x: with none of it loaded at all (any numbers in its place) m = 8 takes 114.6 µs at 29568×8192 and 281 at 76032×8192. For m = 8 a step
+// reads 1 KB of x from the L1 beside its 2 KB of w. Tried against it, all on one day, microseconds at 29568×8192 for m = 1 and 8 and then a whole step of
+// half of 72B, of 7B and of half of 7B beside this kernel's 17.26, 3.60 and 2.02 ms in the same call:
+//   * x under L1::evict_last: no change (114, 120).
+//   * two tiles of w a step for one of x, 2 stages: 113.9, 117.4. 4608×3584 gets 11% faster (9.7 µs: 17.5 pairs are then one round, not three), what has
+//     less than 8 pairs a block up to 20% slower. Chosen by the pairs of a block, in one kernel with the other: steps 17.47, 3.64, 2.05 ms.
+//   * all of x in registers where a warp has at most 4 steps of it (k ≤ 4096 for 16 warps): 152064×3584 at m = 8 250 µs in one build and 266 in the next.
+//   * x as the product's 16 rows and w as its 8 columns, so that a load is an operand as it is (no moves: 52 instructions a step of 16 rows, not 77), loads
+//     clamped, not predicated, two tiles, 2 stages, x one step ahead: 112, 114.3 µs; m = 8 faster than here by 2 to 4% nearly everywhere. Steps
+//     17.02, 3.63, 2.07 ms, 0.5B 0.69 against 0.65; of 8 sequences 3.93 against 4.05 ms (7B) and 16.8 against 17.5 (32B). Not taken: it helps 72B by 1.4% and
+//     batches by 3%, and costs a single sequence of 7B 0.7%, of half of 7B 2.5%, of 0.5B 5%. Four tiles, one stage: 112.5, 114.5, small shapes up to 3 times slower.
+//   * branches around loads that are beyond k: 7% slower.
+//   * cp.async into a ring of each thread's own in shared memory, 2 to 4 stages of 32 to 64 KB: 115, 119, small shapes 10 to 30% slower. Half of it, so that the next
+//     kernel's blocks would fit beside (8 × 1): no better.
+//   * rounds of neighbouring tiles for all blocks together (a moving window of w instead of a stretch for each): 0 to 5% slower.
+// Why moving things changes so much: ptxas gives every load whose use is in the next iteration the same scoreboard, so a wait for one of them is a wait for
+// all, the youngest too. Within a warp nothing is pipelined; 16 warps beside each other are. What waits separately (cp.async) is no faster.
 #include "common.cuh"
 #include "rope.cuh"
 

@@ -2,7 +2,9 @@
 
 use super::ceilings::Ceilings;
 use crate::config::ModelConfig;
-use crate::plan::{DeviceKind, KV_BLOCK, Shard, kv_bytes_per_block};
+use crate::plan::{
+    DEFAULT_STEP_TOKENS, DeviceKind, GPU_STEP_TOKENS, KV_BLOCK, Shard, kv_bytes_per_block,
+};
 use crate::weights::{Dtype, LocalMatrix};
 use serde::Serialize;
 
@@ -27,7 +29,7 @@ pub struct Limits {
     pub decode_bytes: u64,
     /// Seconds of that at the measured read rate.
     pub decode_s: f64,
-    /// Operations of one prompt, logits of its last token included.
+    /// Operations up to the first token: of its prompt, and of the others that fill its steps; logits included.
     pub prefill_flops: f64,
     /// Seconds of that at the measured product rate.
     pub prefill_s: f64,
@@ -51,7 +53,9 @@ pub fn limits(
         let (read_gbs, tflops) = ceilings.of_rank(rank)?;
         let shard = Shard::new(config, size.ranks, rank);
         let bytes = decode_bytes(config, dtype, kind, &shard, size);
-        let flops = prefill_flops(config, &shard, size.prompt_tokens);
+        let flops = first_prompts(kind, size)
+            .map(|tokens| prefill_flops(config, &shard, tokens))
+            .sum::<f64>();
         let (decode_s, prefill_s) = (bytes as f64 / read_gbs / 1e9, flops / tflops / 1e12);
         if decode_s > slowest.decode_s {
             (slowest.decode_bytes, slowest.decode_s) = (bytes, decode_s);
@@ -106,6 +110,19 @@ fn decode_bytes(
     let context = size.prompt_tokens + size.max_tokens / 2;
     let kv = kv_bytes_per_block(config, shard, kind) / KV_BLOCK as u64;
     weights as u64 + kv * (size.batch * context) as u64
+}
+
+/// The tokens of each prompt that are computed before the first one has its answer's first token. (Weights outside the
+/// GPU make steps larger: then these are the least.)
+fn first_prompts(kind: DeviceKind, size: &Size) -> impl Iterator<Item = usize> + use<> {
+    let step = match kind {
+        DeviceKind::Cpu => DEFAULT_STEP_TOKENS,
+        DeviceKind::Cuda => GPU_STEP_TOKENS,
+    };
+    let prompt = size.prompt_tokens.max(1);
+    let tokens = (prompt.next_multiple_of(step)).min(size.batch.max(1) * prompt);
+    let parts = (0..tokens).step_by(prompt);
+    parts.map(move |start| prompt.min(tokens - start))
 }
 
 fn prefill_flops(config: &ModelConfig, shard: &Shard, tokens: usize) -> f64 {
@@ -172,6 +189,18 @@ mod tests {
             "{} {want}",
             l.prefill_flops
         );
+    }
+
+    #[test]
+    fn a_first_token_waits_for_the_prompts_in_its_steps() {
+        let flops = |prompt, batch| of("qwen2.5-7b", 1, prompt, batch).prefill_flops;
+        let one = flops(1024, 1);
+        assert_eq!(flops(1024, 2), 2.0 * one);
+        // A step has 2048 tokens.
+        assert_eq!(flops(1024, 8), 2.0 * one);
+        // Two steps: 1096 of their 4096 tokens are the next prompt's.
+        let more = flops(3000, 8) - flops(3000, 1);
+        assert!((more / flops(1096, 1) - 1.0).abs() < 1e-9, "{more}");
     }
 
     #[test]
