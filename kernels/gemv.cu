@@ -1,4 +1,5 @@
-// Products of a weight matrix with 1 to 8 rows: y = x · wᵀ, the work of a decode step. Bound by reading w once.
+// Products of a weight matrix with 1 to 8 rows: y = x · wᵀ, the work of a decode step. Bound by reading w once. (From 4 rows on gemv_batch.cu takes
+// over, but for the tiled form.)
 //
 //   gemv_bf16(w bf16 [n, k], x bf16 [m, ldx], bias bf16 [n] or null, y bf16 [m, ldy], m, n, k, ldx, ldy)
 //   gemv_f32 (…, y f32 [m, ldy], …)                       the vocabulary's head: logits
@@ -70,7 +71,7 @@
 //   * once, ahead of the wait, prefetch.global.L2 of the 2, 4, 8 or 16 steps after the registers' (H200, 2026-11-25), expected to use the wait behind norms and
 //     attention: a 7B step 0.7, 2.7, 5 and 9% slower, half of 72B 0.5 to 9%. There is no such wait: without its norms' kernels a 7B or 72B step is no shorter.
 //   * overlap (programmatic launch) off: 3% slower for the 7B step and half of 72B, 11% for half of 7B (with the first rule).
-// m = 2, 4, 8 (H200s, 2026-11-25): within 8% of m = 1, 16% at the smallest shapes. cuBLAS is slower but for
+// m = 2, 4, 8 here (H200s, 2026-11-25): within 8% of m = 1, 16% at the smallest shapes. cuBLAS is slower but for
 //     4608×3584    m = 8: 11.1 µs against 11.5                 29568×8192   m = 2, 4, 8: 111 to 114 against 115, 116, 119; with the
 //     152064×3584  m = 8: 252.8 against 250.7 since 16 × 1      SiLU that must follow it 114 to 115
 //     76032×8192   m = 2, 4, 8: 280 to 283 against 284, 289, 296 to 300
@@ -83,16 +84,15 @@
 //   * all of x in registers where a warp has at most 4 steps of it (k ≤ 4096 for 16 warps): 152064×3584 at m = 8 250 µs in one build and 266 in the next.
 //   * x as the product's 16 rows and w as its 8 columns, so that a load is an operand as it is (no moves: 52 instructions a step of 16 rows, not 77), loads
 //     clamped, not predicated, two tiles, 2 stages, x one step ahead: 112, 114.3 µs; m = 8 faster than here by 2 to 4% nearly everywhere. Steps
-//     17.02, 3.63, 2.07 ms, 0.5B 0.69 against 0.65; of 8 sequences 3.93 against 4.05 ms (7B) and 16.8 against 17.5 (32B). Not taken: it helps 72B by 1.4% and
-//     batches by 3%, and costs a single sequence of 7B 0.7%, of half of 7B 2.5%, of 0.5B 5%. Four tiles, one stage: 112.5, 114.5, small shapes up to 3 times slower.
+//     17.02, 3.63, 2.07 ms, 0.5B 0.69 against 0.65; of 8 sequences 3.93 against 4.05 ms (7B) and 16.8 against 17.5 (32B). A single sequence gains 1.4% on 72B and
+//     loses 0.7, 2.5 and 5% on the others, so this became gemv_batch.cu, for 4 rows and more. Four tiles, one stage: 112.5, 114.5, small shapes up to 3 times slower.
 //   * branches around loads that are beyond k: 7% slower.
 //   * cp.async into a ring of each thread's own in shared memory, 2 to 4 stages of 32 to 64 KB: 115, 119, small shapes 10 to 30% slower. Half of it, so that the next
 //     kernel's blocks would fit beside (8 × 1): no better.
 //   * rounds of neighbouring tiles for all blocks together (a moving window of w instead of a stretch for each): 0 to 5% slower.
 // Why moving things changes so much: ptxas gives every load whose use is in the next iteration the same scoreboard, so a wait for one of them is a wait for
 // all, the youngest too. Within a warp nothing is pipelined; 16 warps beside each other are. What waits separately (cp.async) is no faster.
-#include "common.cuh"
-#include "rope.cuh"
+#include "gemv_out.cuh"
 
 #ifndef GEMV_STAGES
 #define GEMV_STAGES 4
@@ -204,13 +204,6 @@ __device__ __forceinline__ void gemv(const Rows& rows, const bf16* x, int m, int
     }
 }
 
-__device__ __forceinline__ void put(bf16* p, float v) {
-    store(p, to_bf16(v));
-}
-__device__ __forceinline__ void put(float* p, float v) {
-    store(p, v);
-}
-
 // 16 neighbouring rows a tile.
 template <class Out>
 struct PlainRows {
@@ -266,37 +259,20 @@ struct TiledGateUpRows {
 
 // 8 elements of a head's first half over their partners in the second.
 struct QkvRows {
-    const bf16 *w, *bias;
-    const float* inv_freq;
-    float rope_scale;
-    const u32 *positions, *slots;
-    bf16 *q, *k_cache, *v_cache;
-    int n_heads, n_kv_heads, head_dim, k;
+    const bf16* w;
+    QkvOut out;
+    int k;
 
     __device__ __forceinline__ int first_row(int tile, int g) const {
-        int per_head = head_dim / 16;
-        return tile / per_head * head_dim + tile % per_head * 8 + g;
+        int per_head = out.head_dim / 16;
+        return tile / per_head * out.head_dim + tile % per_head * 8 + g;
     }
     __device__ __forceinline__ void pointers(int tile, int g, const bf16*& low, const bf16*& high) const {
         low = w + static_cast<u64>(first_row(tile, g)) * k;
-        high = low + static_cast<u64>(head_dim / 2) * k;
+        high = low + static_cast<u64>(out.head_dim / 2) * k;
     }
     __device__ __forceinline__ void finish(int tile, int g, int token, float low, float high) const {
-        const int row = first_row(tile, g), head = row / head_dim, i = row % head_dim, half = head_dim / 2;
-        if (bias) {
-            low += to_float(load(bias + row));
-            high += to_float(load(bias + row + half));
-        }
-        const bool is_q = head < n_heads, is_v = head >= n_heads + n_kv_heads;
-        if (!is_v) rotate(rotation(load(positions + token), load(inv_freq + i), rope_scale), low, high);
-        bf16* to = q + (static_cast<u64>(token) * n_heads + head) * head_dim;
-        if (!is_q) {
-            u32 slot = load(slots + token);
-            if (slot == NO_SLOT) return;
-            to = (is_v ? v_cache : k_cache) + cache_row(slot, (head - n_heads) % n_kv_heads, n_kv_heads, head_dim);
-        }
-        put(to + i, low);
-        put(to + half + i, high);
+        out.put_pair(first_row(tile, g), token, low, high);
     }
 };
 
@@ -320,7 +296,7 @@ GEMV_KERNEL gemv_gate_up_silu_tiled(const bf16* w, const bf16* x, bf16* y, int m
 
 GEMV_KERNEL gemv_qkv_rope(const bf16* w, const bf16* x, const bf16* bias, const float* inv_freq, float rope_scale, const u32* positions,
                           const u32* slots, bf16* q, bf16* k_cache, bf16* v_cache, int m, int n_heads, int n_kv_heads, int head_dim, int k, int ldx) {
-    QkvRows rows{w, bias, inv_freq, rope_scale, positions, slots, q, k_cache, v_cache, n_heads, n_kv_heads, head_dim, k};
+    QkvRows rows{w, {bias, inv_freq, rope_scale, positions, slots, q, k_cache, v_cache, n_heads, n_kv_heads, head_dim}, k};
     gemv(rows, x, m, k, ldx, (n_heads + 2 * n_kv_heads) * (head_dim / 16));
 }
 

@@ -105,8 +105,9 @@ impl GpuBackend {
             g.hidden,
             g.hidden
         ];
-        let launch = self.kernels.gemv_launch(g.qkv_width() / 16, g.hidden);
-        self.launch(self.kernels.gemv_qkv_rope, &launch, &args)
+        let tiles = g.qkv_width() / 16;
+        let (gemv, launch) = self.kernels.gemv(s.n_tokens, tiles, g.hidden);
+        self.launch(gemv.qkv_rope, &launch, &args)
     }
 
     fn project_in_two(

@@ -45,6 +45,7 @@ macro_rules! header {
 /// What the kernels include.
 pub const HEADERS: &[Header] = &[
     header!("common"),
+    header!("gemv_out"),
     header!("rope"),
     header!("rows"),
     header!("softmax"),
@@ -57,6 +58,8 @@ pub static NORM: Source = source!("norm");
 pub static EMBED: Source = source!("embed");
 /// Products for up to eight rows.
 pub static GEMV: Source = source!("gemv");
+/// The same for four to eight.
+pub static GEMV_BATCH: Source = source!("gemv_batch");
 /// What follows the q/k/v product.
 pub static QKV: Source = source!("qkv");
 /// Element-wise work around large products.
@@ -84,6 +87,7 @@ pub static SOURCES: &[&Source] = &[
     &NORM,
     &EMBED,
     &GEMV,
+    &GEMV_BATCH,
     &QKV,
     &ACTIVATION,
     &ATTENTION_PREFILL,

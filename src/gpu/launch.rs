@@ -53,6 +53,30 @@ impl PrefillAttention {
     }
 }
 
+/// Products of a weight matrix with few rows: those of one file.
+pub struct Gemv {
+    /// Rounded to bf16.
+    pub bf16: Function,
+    /// Sums as they are.
+    pub f32: Function,
+    /// Two products into one.
+    pub gate_up_silu: Function,
+    /// Rotated, k and v into the cache.
+    pub qkv_rope: Function,
+}
+
+impl Gemv {
+    fn new(driver: &Arc<dyn Driver>, source: &'static kernels::Source) -> Result<Gemv> {
+        let get = |name: &str| driver.function(source, &format!("{}_{name}", source.name));
+        Ok(Gemv {
+            bf16: get("bf16")?,
+            f32: get("f32")?,
+            gate_up_silu: get("gate_up_silu")?,
+            qkv_rope: get("qkv_rope")?,
+        })
+    }
+}
+
 /// Every kernel of a model with one head width.
 pub struct Kernels {
     driver: Arc<dyn Driver>,
@@ -62,15 +86,11 @@ pub struct Kernels {
     /// `norm.cu`
     pub add_rms_norm: Function,
     /// `gemv.cu`
-    pub gemv_bf16: Function,
-    /// `gemv.cu`
-    pub gemv_f32: Function,
-    /// `gemv.cu`
-    pub gemv_gate_up_silu: Function,
+    gemv: Gemv,
     /// `gemv.cu`
     pub gemv_gate_up_silu_tiled: Function,
-    /// `gemv.cu`
-    pub gemv_qkv_rope: Function,
+    /// `gemv_batch.cu`
+    gemv_batch: Gemv,
     /// `qkv.cu`
     pub qkv_rope: Function,
     /// `activation.cu`
@@ -117,11 +137,9 @@ impl Kernels {
             sm_count: driver.properties().sm_count as usize,
             embed: get(&kernels::EMBED, "embed")?,
             add_rms_norm: get(&kernels::NORM, "add_rms_norm")?,
-            gemv_bf16: get(&kernels::GEMV, "gemv_bf16")?,
-            gemv_f32: get(&kernels::GEMV, "gemv_f32")?,
-            gemv_gate_up_silu: get(&kernels::GEMV, "gemv_gate_up_silu")?,
+            gemv: Gemv::new(driver, &kernels::GEMV)?,
             gemv_gate_up_silu_tiled: get(&kernels::GEMV, "gemv_gate_up_silu_tiled")?,
-            gemv_qkv_rope: get(&kernels::GEMV, "gemv_qkv_rope")?,
+            gemv_batch: Gemv::new(driver, &kernels::GEMV_BATCH)?,
             qkv_rope: get(&kernels::QKV, "qkv_rope")?,
             silu_mul: get(&kernels::ACTIVATION, "silu_mul")?,
             gather_rows: get(&kernels::ACTIVATION, "gather_rows")?,
@@ -167,10 +185,29 @@ impl Kernels {
         }
     }
 
-    /// The launch rule of `gemv.cu` for products over `k`.
+    /// The products for `m` rows and their launch: `tiles` of 16 rows of weights (8 pairs), a sum over `k`.
+    pub fn gemv(&self, m: usize, tiles: usize, k: usize) -> (&Gemv, Launch) {
+        if m < BATCH_ROWS {
+            (&self.gemv, self.gemv_launch(tiles, k))
+        } else {
+            (&self.gemv_batch, batch_launch(tiles, k, self.sm_count))
+        }
+    }
+
+    /// The launch rule of `gemv.cu`, for any number of rows.
     pub fn gemv_launch(&self, tiles: usize, k: usize) -> Launch {
         gemv_launch(tiles, k, self.sm_count)
     }
+}
+
+/// From this many rows on `gemv_batch.cu` is faster.
+const BATCH_ROWS: usize = 4;
+
+/// As many warps a block as have more than a step each, and as many blocks as fit; see `gemv_batch.cu`.
+fn batch_launch(tiles: usize, k: usize, sms: usize) -> Launch {
+    let warps = [16, 8].into_iter().find(|w| k > 64 * w).unwrap_or(4);
+    let grid = (sms * 16 / warps).min(8 * tiles.max(1));
+    Launch::linear(grid, 32 * warps as u32)
 }
 
 /// Of 16 × 1, 8 × 2 and 4 × 4 warps a block × blocks a multiprocessor, the one whose fullest multiprocessor has the fewest
@@ -204,8 +241,20 @@ mod tests {
 
     /// The same rule as `tests/kernels/cases.py` has it, on an H200 and on the stand-in.
     #[test]
-    fn the_gemv_launch_rule_is_that_of_the_kernel_tests() {
-        // (tiles, k, sms) → grid, threads, from running that file's `gemv_launch`.
+    fn the_gemv_launch_rules_are_those_of_the_kernel_tests() {
+        // (tiles, k, sms) → grid, threads, from running that file's `gemv_launch` and `gemv_batch_launch`.
+        let batch = [
+            ((288, 3584, 132), (132, 512)),
+            ((9504, 3584, 132), (132, 512)),
+            ((36, 576, 132), (264, 256)),
+            ((608, 896, 132), (264, 256)),
+            ((4, 512, 132), (32, 128)),
+            ((33, 1536, 4), (4, 512)),
+        ];
+        for ((tiles, k, sms), (grid, threads)) in batch {
+            let got = batch_launch(tiles, k, sms);
+            assert_eq!(got, Launch::linear(grid, threads), "{tiles} {k} {sms}");
+        }
         let cases = [
             ((288, 3584, 132), (132, 512)),
             ((224, 18944, 132), (264, 256)),

@@ -188,24 +188,27 @@ impl GpuBackend {
 
     fn gemv(&self, x: DevicePtr, w: Rows, m: usize, to: Target) -> Result<()> {
         let (k, units, no_bias) = (w.k, w.units, DevicePtr(0));
-        let kernels = &self.kernels;
-        if to.form == Form::Gated {
-            let kernel = if w.tiled {
-                kernels.gemv_gate_up_silu_tiled
+        let rows = if to.form == Form::Gated {
+            2 * units
+        } else {
+            units
+        };
+        let (gemv, launch) = self.kernels.gemv(m, rows.div_ceil(16), k);
+        if to.form != Form::Gated {
+            let args = args![w.w, x, no_bias, to.y, m, units, k, k, to.ld];
+            let kernel = if to.form == Form::F32 {
+                gemv.f32
             } else {
-                kernels.gemv_gate_up_silu
+                gemv.bf16
             };
-            let args = args![w.w, x, to.y, m, units, k, k, to.ld];
-            let launch = kernels.gemv_launch(units.div_ceil(8), k);
             return self.launch(kernel, &launch, &args);
         }
-        let kernel = if to.form == Form::F32 {
-            kernels.gemv_f32
-        } else {
-            kernels.gemv_bf16
-        };
-        let args = args![w.w, x, no_bias, to.y, m, units, k, k, to.ld];
-        self.launch(kernel, &kernels.gemv_launch(units.div_ceil(16), k), &args)
+        let args = args![w.w, x, to.y, m, units, k, k, to.ld];
+        if w.tiled {
+            let launch = self.kernels.gemv_launch(rows.div_ceil(16), k);
+            return self.launch(self.kernels.gemv_gate_up_silu_tiled, &launch, &args);
+        }
+        self.launch(gemv.gate_up_silu, &launch, &args)
     }
 
     fn gemm(&mut self, x: DevicePtr, w: Rows, n: usize, m: usize, to: Target) -> Result<()> {

@@ -105,7 +105,7 @@ RULES = {f"{warps} × {per_sm}": (lambda tiles, k, sms, w=warps, p=per_sm: (min(
 RULES["rule"] = cases.gemv_launch
 
 
-def gemv_us(d, weights, m, n, k, fused, rule=cases.gemv_launch):
+def gemv_us(d, weights, m, n, k, fused, rule, file):
     xs = [normal(m, k) for _ in weights]
     width = n // 2 if fused else n
     ys = [torch.empty(m, width, device=GPU, dtype=BF16) for _ in weights]
@@ -114,9 +114,9 @@ def gemv_us(d, weights, m, n, k, fused, rule=cases.gemv_launch):
     def run():
         for w, x, y in zip(weights, xs, ys):
             if fused:
-                d.launch("gemv", "gemv_gate_up_silu", grid, block, w, x, y, m, width, k, k, width)
+                d.launch(file, f"{file}_gate_up_silu", grid, block, w, x, y, m, width, k, k, width)
             else:
-                d.launch("gemv", "gemv_bf16", grid, block, w, x, None, y, m, n, k, k, n)
+                d.launch(file, f"{file}_bf16", grid, block, w, x, None, y, m, n, k, k, n)
     return graph_us(run, len(weights))
 
 
@@ -131,9 +131,9 @@ def cublas_and_silu_us(d, weights, xs, outs):
     return graph_us(run, len(weights))
 
 
-def gemv(read, devices, batches=(1,), rules={"rule": cases.gemv_launch}):
-    """Each shape by each variant, launch rule and batch; cuBLAS beside, where gate and up are fused also with the kernel that must follow it."""
-    print(f"\n{'GEMV µs':14}{'m':>2}{'MB':>7}{'floor':>7}{'cuBLAS':>7}{'+ SiLU':>7} | " + " | ".join(f"{name}: {', '.join(rules)}" for name in devices))
+def gemv(read, devices, batches=(1,), ways={file: (file, rule) for file, rule in cases.GEMV_FILES.items()}):
+    """Each shape by each variant, kernel file with launch rule, and batch; cuBLAS beside, for gate and up also with the kernel that must follow it."""
+    print(f"\n{'GEMV µs':14}{'m':>2}{'MB':>7}{'floor':>7}{'cuBLAS':>7}{'+ SiLU':>7} | " + " | ".join(f"{name}: {', '.join(ways)}" for name in devices))
     for name, n, k, fused in SHAPES:
         weights = [normal(n, k, scale=k**-0.5) for _ in range(copies(2 * n * k))]
         for m in batches:
@@ -144,8 +144,8 @@ def gemv(read, devices, batches=(1,), rules={"rule": cases.gemv_launch}):
             row, best = f"{name:14}{m:2}{2e-6 * n * k:7.1f}{floor:7.2f}{cublas:7.2f}{with_silu}", math.inf
             for d in devices.values():
                 row += " |"
-                for rule in rules.values():
-                    us = gemv_us(d, weights, m, n, k, fused, rule)
+                for file, rule in ways.values():
+                    us = gemv_us(d, weights, m, n, k, fused, rule, file)
                     best = min(best, us)
                     row += f"{us:7.2f}"
             print(row + f" | best {100 * floor / best:.0f}%", flush=True)
@@ -379,7 +379,7 @@ def main():
             del model
             torch.cuda.empty_cache()
     if "gemv" in wanted:
-        gemv(read, stages, rules=RULES)
+        gemv(read, stages, ways={name: ("gemv", rule) for name, rule in RULES.items()})
         gemv(read, {"as is": d}, batches=(1, 2, 4, 8))
     if "decode" in wanted:
         shaped = lambda warps, blocks: (variant(defines=[f"-DDECODE_WARPS={warps}", f"-DDECODE_BLOCKS={blocks}"]), 32 * warps)

@@ -77,6 +77,15 @@ def gemv_launch(tiles, k, sms):
     return best[1:]
 
 
+def gemv_batch_launch(tiles, k, sms):
+    """The launch rule of gemv_batch.cu."""
+    warps = next((w for w in (16, 8) if k > 64 * w), 4)
+    return min(sms * 16 // warps, 8 * tiles), 32 * warps
+
+
+GEMV_FILES = {"gemv": gemv_launch, "gemv_batch": gemv_batch_launch}
+
+
 def sample_parts(n_known):
     """The rule of sample.cu."""
     return -(-n_known // 1024)
@@ -347,34 +356,36 @@ def gemv(d, i, shape=None, m=None):
     m = m or i.random.randint(1, 8)
     w, x, bias = i.normal(n, k, scale=k ** -0.5), i.normal(m, k), i.normal(n) if i.random.random() < 0.5 else None
     want = x.double() @ w.double().T + (bias.double() if bias is not None else 0)
-    grid, block = gemv_launch(-(-n // 16), k, d.sms)
-    if shape is None and i.random.random() < 0.5:
-        grid, block = i.random.randint(1, 5), 32 * i.random.randint(1, 16)
+    other = (i.random.randint(1, 5), 32 * i.random.randint(1, 16)) if shape is None and i.random.random() < 0.5 else None
     # Written into a wider row: a rank's part of the whole.
     ldy, first = n + 24, 8
     worst = 0.0
-    for name, dtype, limit in (("gemv_bf16", BF16, ROUNDED), ("gemv_f32", F32, SINGLE)):
-        y = i.poison(m * ldy + first, dtype=dtype)
-        d.launch("gemv", name, grid, block, w, x, bias, y[first:], m, n, k, k, ldy)
-        d.synchronize()
-        rows = y[first:].view(m, ldy)
-        worst = max(worst, compare(name, rows[:, :n], want, limit))
-        if not rows[:, n:].isnan().all():
-            raise Mismatch(f"{name}: written outside its columns")
+    for file, rule in GEMV_FILES.items():
+        grid, block = other or rule(-(-n // 16), k, d.sms)
+        for name, dtype, limit in ((f"{file}_bf16", BF16, ROUNDED), (f"{file}_f32", F32, SINGLE)):
+            y = i.poison(m * ldy + first, dtype=dtype)
+            d.launch(file, name, grid, block, w, x, bias, y[first:], m, n, k, k, ldy)
+            d.synchronize()
+            rows = y[first:].view(m, ldy)
+            worst = max(worst, compare(name, rows[:, :n], want, limit))
+            if not rows[:, n:].isnan().all():
+                raise Mismatch(f"{name}: written outside its columns")
     return worst
 
 
 def gemv_gate_up(d, i, shape=None, m=None):
     inter, k = shape or (i.random.choice([3, 64, 248]), i.random.choice([64, 576]))
     m = m or i.random.randint(1, 8)
-    w, x, y = i.normal(2 * inter, k, scale=k ** -0.5), i.normal(m, k), i.poison(m, inter)
-    grid, block = gemv_launch(-(-inter // 8), k, d.sms)
-    d.launch("gemv", "gemv_gate_up_silu", grid, block, w, x, y, m, inter, k, k, inter)
-    d.synchronize()
+    w, x = i.normal(2 * inter, k, scale=k ** -0.5), i.normal(m, k)
     gate, up = (x.double() @ w.double().T).chunk(2, -1)
-    worst = compare("gemv_gate_up_silu", y, torch.nn.functional.silu(gate) * up, ROUNDED)
+    worst = 0.0
+    for file, rule in GEMV_FILES.items():
+        y = i.poison(m, inter)
+        d.launch(file, f"{file}_gate_up_silu", *rule(-(-inter // 8), k, d.sms), w, x, y, m, inter, k, k, inter)
+        d.synchronize()
+        worst = max(worst, compare(f"{file}_gate_up_silu", y, torch.nn.functional.silu(gate) * up, ROUNDED))
     if inter % 8 == 0:
-        wide = i.poison(m, inter + 8)
+        wide, (grid, block) = i.poison(m, inter + 8), gemv_launch(inter // 8, k, d.sms)
         d.launch("gemv", "gemv_gate_up_silu_tiled", grid, block, tiled(w).contiguous(), x, wide, m, inter, k, k, inter + 8)
         d.synchronize()
         worst = max(worst, compare("gemv_gate_up_silu_tiled", wide[:, :inter], torch.nn.functional.silu(gate) * up, ROUNDED))
@@ -416,14 +427,17 @@ def gemv_qkv(d, i, heads=None, k=None, m=None):
     n_all = n_heads + 2 * n_kv
     w, x, bias = i.normal(n_all * d_head, k, scale=k ** -0.5), i.normal(m, k), i.normal(n_all * d_head) if i.random.random() < 0.7 else None
     blocks, slots, positions, inv_freq = rope_inputs(i, m, n_kv, d_head, 131072)
-    q, caches = i.poison(m, n_heads * d_head), [i.poison(blocks, n_kv, 16, d_head) for _ in range(2)]
-    grid, block = gemv_launch(n_all * d_head // 16, k, d.sms)
-    d.launch("gemv", "gemv_qkv_rope", grid, block, w, x, bias, inv_freq, 1.0, positions, slots, q, *caches, m, n_heads, n_kv, d_head, k, k)
-    d.synchronize()
     want = x.double() @ w.double().T + (bias.double() if bias is not None else 0)
     want = want.view(m, n_all, d_head)
     want = torch.cat([rotated(want[:, :-n_kv], positions, inv_freq, 1.0), want[:, -n_kv:]], 1)
-    return check_qkv(want, slots, q, caches, n_heads, n_kv, d_head, ROUNDED)
+    worst = 0.0
+    for file, rule in GEMV_FILES.items():
+        q, caches = i.poison(m, n_heads * d_head), [i.poison(blocks, n_kv, 16, d_head) for _ in range(2)]
+        grid, block = rule(n_all * d_head // 16, k, d.sms)
+        d.launch(file, f"{file}_qkv_rope", grid, block, w, x, bias, inv_freq, 1.0, positions, slots, q, *caches, m, n_heads, n_kv, d_head, k, k)
+        d.synchronize()
+        worst = max(worst, check_qkv(want, slots, q, caches, n_heads, n_kv, d_head, ROUNDED))
+    return worst
 
 
 def paged(i, contexts, n_kv, d_head):

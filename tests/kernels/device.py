@@ -13,7 +13,7 @@ import tempfile
 import torch
 
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels"
-HEADERS = ["common.cuh", "rope.cuh", "rows.cuh", "softmax.cuh", "wgmma.cuh"]
+HEADERS = ["common.cuh", "gemv_out.cuh", "rope.cuh", "rows.cuh", "softmax.cuh", "wgmma.cuh"]
 
 
 @functools.cache
