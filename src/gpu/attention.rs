@@ -110,6 +110,7 @@ impl GpuBackend {
         self.launch(gemv.qkv_rope, &launch, &args)
     }
 
+    /// The product, and behind it all the rest.
     fn project_in_two(
         &mut self,
         index: usize,

@@ -68,7 +68,9 @@ impl Loading<'_> {
         let (mut predicted, mut host_gbs) = (self.plan.predicted, None);
         if let Some((link, cores)) = loaded.host_rates {
             host_gbs = Some(link + cores);
-            predicted = (self.plan).predicted_at(measured_rates(self.plan, link, cores))?;
+            predicted = self
+                .plan
+                .predicted_at(measured_rates(self.plan, link, cores))?;
             tracing::info!("by these rates {:.1} ms a token", 1e3 * predicted.tpot_s);
         }
         let known = self.demand.n_tokens_known;
