@@ -56,9 +56,9 @@ pub const HEADERS: &[Header] = &[
 pub static NORM: Source = source!("norm");
 /// The embedding's rows.
 pub static EMBED: Source = source!("embed");
-/// Products for up to eight rows.
+/// Products for one to three rows, and for up to eight with weights in the order of host memory.
 pub static GEMV: Source = source!("gemv");
-/// The same for four to eight.
+/// Products for four to eight rows.
 pub static GEMV_BATCH: Source = source!("gemv_batch");
 /// What follows the q/k/v product.
 pub static QKV: Source = source!("qkv");

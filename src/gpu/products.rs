@@ -188,12 +188,11 @@ impl GpuBackend {
 
     fn gemv(&self, x: DevicePtr, w: Rows, m: usize, to: Target) -> Result<()> {
         let (k, units, no_bias) = (w.k, w.units, DevicePtr(0));
-        let rows = if to.form == Form::Gated {
-            2 * units
-        } else {
-            units
+        let tiles = match to.form {
+            Form::Gated => units.div_ceil(8),
+            _ => units.div_ceil(16),
         };
-        let (gemv, launch) = self.kernels.gemv(m, rows.div_ceil(16), k);
+        let (gemv, launch) = self.kernels.gemv(m, tiles, k);
         if to.form != Form::Gated {
             let args = args![w.w, x, no_bias, to.y, m, units, k, k, to.ld];
             let kernel = if to.form == Form::F32 {
@@ -205,7 +204,7 @@ impl GpuBackend {
         }
         let args = args![w.w, x, to.y, m, units, k, k, to.ld];
         if w.tiled {
-            let launch = self.kernels.gemv_launch(rows.div_ceil(16), k);
+            let launch = self.kernels.gemv_launch(tiles, k);
             return self.launch(self.kernels.gemv_gate_up_silu_tiled, &launch, &args);
         }
         self.launch(gemv.gate_up_silu, &launch, &args)
