@@ -1,6 +1,6 @@
 //! What was typed; touches no file and no device.
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// tandem runs a Qwen model across all the GPUs, or CPU ranks, of an allocation.
@@ -18,6 +18,37 @@ pub struct Cli {
     /// Say more on stderr (-v what happens, -vv every step)
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
+}
+
+/// Flags whose value is a text, which may begin with a hyphen.
+const TEXTS: [&str; 4] = ["--prompt", "-p", "--system", "--stop"];
+
+/// A flag that stands where the text of another one is missing: `--prompt --json`.
+///
+/// Such a text is possible, but far less likely than a forgotten one.
+pub fn missing_text(args: &[String]) -> Option<String> {
+    let command = Cli::command();
+    let is_flag = |text: &str| {
+        let name = text.split('=').next().unwrap_or("");
+        let all = command
+            .get_subcommands()
+            .flat_map(clap::Command::get_arguments)
+            .chain(command.get_arguments());
+        let mut names = all.flat_map(|arg| {
+            let long = arg.get_long().map(|name| format!("--{name}"));
+            long.into_iter()
+                .chain(arg.get_short().map(|c| format!("-{c}")))
+        });
+        names.any(|known| known == name)
+    };
+    let pairs = args.windows(2).map(|pair| (&pair[0], &pair[1]));
+    let (flag, value) = pairs
+        .filter(|(flag, _)| TEXTS.contains(&flag.as_str()))
+        .find(|(_, value)| is_flag(value))?;
+    let joined = if flag.starts_with("--") { "=" } else { "" };
+    Some(format!(
+        "{flag} {value}: the text is missing; if it is {value} itself, write {flag}{joined}{value}"
+    ))
 }
 
 /// The subcommands.
@@ -133,7 +164,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// End the answer before this text (may be repeated)
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
     /// Go on past the model's stop tokens
     #[arg(long)]
@@ -147,7 +178,13 @@ pub struct GenerateArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// The prompt [default: stdin]
-    #[arg(short, long, value_name = "TEXT", group = "source")]
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        group = "source",
+        allow_hyphen_values = true
+    )]
     pub prompt: Option<String>,
     /// Read the prompt from a file (- is stdin)
     #[arg(long, value_name = "FILE", group = "source")]
@@ -176,7 +213,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub chat: bool,
     /// System message (implies --chat)
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// Tools for the chat template: a JSON file with a list of function schemas (implies --chat)
     #[arg(long, value_name = "FILE")]
@@ -209,7 +246,7 @@ pub struct ChatArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// System message
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// Let the model think first, where its template knows the switch (Qwen3)
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
@@ -427,7 +464,33 @@ pub enum KernelsCommand {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+
+    #[test]
+    fn a_text_may_begin_with_a_hyphen_and_a_flag_is_not_taken_for_one() {
+        for text in ["-5 degrees", "--", "- a", "-5", "--not-a-flag", "-vx"] {
+            let typed = ["tandem", "generate", "-m", "d"];
+            for flag in ["--prompt", "--system", "--stop", "-p"] {
+                let args: Vec<String> = typed.iter().map(|s| s.to_string()).collect();
+                let args = [args, vec![flag.into(), text.into()]].concat();
+                assert_eq!(missing_text(&args), None);
+                let Command::Generate(got) = Cli::try_parse_from(&args).unwrap().command else {
+                    panic!("{args:?}")
+                };
+                let mut given = [got.prompt, got.system]
+                    .into_iter()
+                    .flatten()
+                    .chain(got.sampling.stop);
+                assert_eq!(given.next().as_deref(), Some(text), "{flag}");
+            }
+        }
+        for args in [
+            ["--prompt", "--json"],
+            ["--stop", "--top-p=1"],
+            ["-p", "-v"],
+        ] {
+            assert!(missing_text(&args.map(str::to_owned)).is_some(), "{args:?}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -58,6 +58,15 @@ impl Error {
         Error::Failed(one_line(what))
     }
 
+    /// The same error with the place before it, e.g. `prompts.jsonl: line 2`.
+    pub fn within(self, place: impl std::fmt::Display) -> Self {
+        match self {
+            Error::Usage(what) => Error::usage(format!("{place}: {what}")),
+            told @ Error::Told(_) => told,
+            other => Error::failed(format!("{place}: {other}")),
+        }
+    }
+
     /// The process exit code: 2 for wrong usage, 1 for a failure, what rank 0 said on a rank that was told.
     pub fn exit_code(&self) -> u8 {
         match self {

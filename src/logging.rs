@@ -2,7 +2,7 @@
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
@@ -11,6 +11,18 @@ use tracing_subscriber::registry::LookupSpan;
 
 /// `rank 2 of 4 (node07)`, once known and if there is more than one.
 static TAG: OnceLock<String> = OnceLock::new();
+
+/// Puts a line on stderr, in one write, so that the lines of several ranks do not mix.
+///
+/// Where stderr cannot be written (a full disk, a reader that has gone) the line is lost, and nothing else.
+pub fn say(line: impl fmt::Display) {
+    show(&format!("{line}\n"));
+}
+
+/// The same without a line break: the prompt of a conversation.
+pub fn show(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
 
 /// Names this rank in every later log line.
 pub fn set_rank(rank: usize, size: usize) {
@@ -33,6 +45,8 @@ pub fn init(verbose: u8) {
     let filter = tracing_subscriber::EnvFilter::try_new(&filter).unwrap_or_else(|_| level.into());
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would tell stderr that stderr cannot be written, and panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     // Fails only when a subscriber is set already, as in tests.
     let _ = subscriber.event_format(Line).try_init();

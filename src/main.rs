@@ -3,7 +3,7 @@
 use clap::Parser;
 use clap::error::ErrorKind;
 use std::process::ExitCode;
-use tandem::cli::Cli;
+use tandem::cli::{self, Cli};
 use tandem::world::{World, WorldFlags};
 use tandem::{Error, commands, logging};
 
@@ -12,13 +12,18 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return not_understood(&e),
     };
+    let typed = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+    let typed: Vec<String> = typed.collect();
+    if let Some(what) = cli::missing_text(&typed) {
+        return misused(&what);
+    }
     logging::init(cli.verbose);
     match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             // A rank whose error rank 0 shows leaves quietly.
             if !matches!(e, Error::Told(_)) {
-                eprintln!("tandem: {e}");
+                logging::say(format_args!("tandem: {e}"));
             }
             ExitCode::from(e.exit_code())
         }
@@ -34,20 +39,20 @@ fn not_understood(e: &clap::Error) -> ExitCode {
             ExitCode::SUCCESS
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            eprintln!("tandem: no command given; see tandem --help");
+            logging::say("tandem: no command given; see tandem --help");
             ExitCode::from(2)
         }
-        _ => {
-            let world = World::detect(&WorldFlags::default(), &|name| std::env::var(name).ok());
-            if world.map_or(0, |w| w.rank) == 0 {
-                eprintln!(
-                    "tandem: {}; see tandem --help",
-                    first_paragraph(&e.to_string())
-                );
-            }
-            ExitCode::from(2)
-        }
+        _ => misused(&first_paragraph(&e.to_string())),
     }
+}
+
+/// A mistake in the command line, which all ranks have made: one shows it.
+fn misused(what: &str) -> ExitCode {
+    let world = World::detect(&WorldFlags::default(), &|name| std::env::var(name).ok());
+    if world.map_or(0, |w| w.rank) == 0 {
+        logging::say(format_args!("tandem: {what}; see tandem --help"));
+    }
+    ExitCode::from(2)
 }
 
 fn first_paragraph(text: &str) -> String {

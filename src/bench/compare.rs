@@ -50,11 +50,16 @@ pub struct Comparison {
     pub ways: Vec<Way>,
 }
 
-/// Runs every way; one that fails is a row that says why.
+/// Runs every way; one that fails is a row that says why. `keep` sees what there is after each of them.
 ///
 /// # Errors
 /// Budgets that cannot be read, sizes of zero, or ranks that the bench itself has lost.
-pub fn compare(runs: &Runs<'_>, args: &CompareArgs, model: &Model) -> Result<Comparison> {
+pub fn compare(
+    runs: &Runs<'_>,
+    args: &CompareArgs,
+    model: &Model,
+    keep: &mut dyn FnMut(&Comparison) -> Result<()>,
+) -> Result<Comparison> {
     let ranks = args.ranks.or(runs.launched()).unwrap_or(2);
     let sizes = [ranks, args.prompt_tokens, args.batch, args.model.max_tokens];
     if sizes.contains(&0) {
@@ -73,19 +78,35 @@ pub fn compare(runs: &Runs<'_>, args: &CompareArgs, model: &Model) -> Result<Com
         parse(&args.model.gpu_memory)?,
         parse(&args.model.host_memory)?,
     );
-    let mut ceilings = Vec::new();
+    let mut all = Comparison {
+        model: model.name.clone(),
+        version: env!("CARGO_PKG_VERSION"),
+        ceilings: Vec::new(),
+        ways: Vec::new(),
+    };
     for n in if ranks > 1 { vec![1, ranks] } else { vec![1] } {
         say(&format!("ceilings of {n} rank(s)"));
         let probed = probe(runs, args.model.device, n, model.config.hidden_size);
-        ceilings.push(Probed::new(n, probed));
+        all.ceilings.push(Probed::new(n, probed));
+        keep(&all)?;
     }
-    let on = |n| {
-        let found = ceilings.iter().find(|p| p.ranks == n);
-        found.and_then(|p| p.ceilings.as_ref())
-    };
-    let budget = typed.or_else(|| on(1).and_then(|c| default_budget(model, &size(1), c)));
+    let one = all.ceilings_of(1);
+    let budget = typed.or_else(|| one.and_then(|c| default_budget(model, &size(1), c)));
     // Cores have nothing to offload from; a budget for GPUs that are not there is an error of its run.
-    let on_cores = typed.is_none() && on(1).is_some_and(|c| c.device() == DeviceKind::Cpu);
+    let on_cores = typed.is_none() && one.is_some_and(|c| c.device() == DeviceKind::Cpu);
+    for (name, n, gpu_memory) in setups(ranks, budget, on_cores) {
+        say(&name);
+        let ceilings = all.ceilings_of(n);
+        let mut way = Way::planned(name, size(n), gpu_memory, host, model, ceilings);
+        way.run(runs, args, model, ceilings);
+        all.ways.push(way);
+        keep(&all)?;
+    }
+    Ok(all)
+}
+
+/// Name, ranks and budget of each way.
+fn setups(ranks: usize, budget: Option<u64>, on_cores: bool) -> Vec<(String, usize, Option<u64>)> {
     let mut setups = vec![(format!("split over {ranks}"), ranks, None)];
     if on_cores {
         setups.push(("1 rank".to_owned(), 1, None));
@@ -93,21 +114,15 @@ pub fn compare(runs: &Runs<'_>, args: &CompareArgs, model: &Model) -> Result<Com
         setups.push(("offload on 1".to_owned(), 1, budget));
         setups.push((format!("split over {ranks} + offload"), ranks, budget));
     }
-    let ways = setups
-        .into_iter()
-        .map(|(name, n, gpu_memory)| {
-            say(&name);
-            let mut way = Way::planned(name, size(n), gpu_memory, host, model, on(n));
-            way.run(runs, args, model, on(n));
-            way
-        })
-        .collect();
-    Ok(Comparison {
-        model: model.name.clone(),
-        version: env!("CARGO_PKG_VERSION"),
-        ceilings,
-        ways,
-    })
+    setups
+}
+
+impl Comparison {
+    /// What `n` ranks have measured.
+    fn ceilings_of(&self, n: usize) -> Option<&Ceilings> {
+        let found = self.ceilings.iter().find(|p| p.ranks == n);
+        found.and_then(|p| p.ceilings.as_ref())
+    }
 }
 
 /// The plan's request for one way.

@@ -4,7 +4,9 @@
 //! for the whole bench; for each run rank 0 tells the others what to start, the first N start their rank of it as a child
 //! (with torchrun's variables, which lead the children to each other) and the rest have nothing to do.
 
-use crate::world::{Group, Hello, MeetOptions, World, WorldFlags, ends_with_this_thread};
+use crate::world::{
+    Group, Hello, MeetOptions, World, WorldFlags, ends_with_this_thread, watch_signals,
+};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::io::Read;
@@ -47,6 +49,7 @@ pub fn with_runs(limit_s: u64, lead: impl FnOnce(&Runs<'_>) -> Result<()>) -> Re
     crate::logging::set_rank(world.rank, world.size);
     let limit = Duration::from_secs(limit_s);
     if world.size == 1 {
+        watch_signals()?;
         return lead(&Runs { group: None, limit });
     }
     let group = Group::meet(&world, Hello::new(world.rank), &MeetOptions::default())?;

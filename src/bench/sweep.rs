@@ -142,6 +142,7 @@ impl Model {
 }
 
 /// Measures the ceilings of each number of ranks, then every combination; a run that fails is a row that says why.
+/// `keep` sees what there is after each of them.
 ///
 /// # Errors
 /// Sizes of zero, or ranks that the bench itself has lost.
@@ -152,6 +153,7 @@ pub fn sweep(
     ranks: &[usize],
     prompts: &[usize],
     batches: &[usize],
+    keep: &mut dyn FnMut(&Sweep) -> Result<()>,
 ) -> Result<Sweep> {
     for (flag, values) in [
         ("ranks", ranks),
@@ -176,6 +178,8 @@ pub fn sweep(
     for &n in ranks {
         say(&format!("ceilings of {n} rank(s)"));
         let probed = probe(runs, args.device, n, model.config.hidden_size);
+        all.ceilings.push(Probed::new(n, probed));
+        keep(&all)?;
         for &prompt_tokens in prompts {
             for &batch in batches {
                 let size = Size {
@@ -188,23 +192,23 @@ pub fn sweep(
                     "{n} rank(s), prompt of {prompt_tokens}, batch of {batch}"
                 ));
                 let outcome = generate(runs, args.device, &budgets, model, &size);
-                let ceilings = probed.as_ref().ok();
+                let ceilings = all.ceilings.last().and_then(|p| p.ceilings.as_ref());
                 all.rows.push(Row {
                     size,
                     limits: ceilings.and_then(|c| limits(&model.config, model.dtype, &size, c)),
                     error: outcome.as_ref().err().map(Error::to_string),
                     measured: outcome.ok(),
                 });
+                keep(&all)?;
             }
         }
-        all.ceilings.push(Probed::new(n, probed));
     }
     Ok(all)
 }
 
 /// A line on stderr: what is being run.
 pub fn say(what: &str) {
-    eprintln!("bench: {what}");
+    crate::logging::say(format_args!("bench: {what}"));
 }
 
 /// The ceilings of `ranks` ranks, measured by a run of their own.

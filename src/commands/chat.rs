@@ -7,7 +7,7 @@ use crate::engine::{Engine, FinishReason, Request};
 use crate::output::{summary, write_stdout};
 use crate::session::{self, Demand, Report};
 use crate::text::{ChatRequest, Tokenizer};
-use crate::{Error, Result};
+use crate::{Error, Result, logging};
 use serde_json::{Map, Value, json};
 use std::io::{BufRead, IsTerminal};
 use std::path::Path;
@@ -70,12 +70,12 @@ impl Chat<'_> {
         self.reset();
         let interactive = std::io::stdin().is_terminal();
         if interactive {
-            eprintln!("Type a message; /reset starts anew, /exit or Ctrl-D ends.");
+            logging::say("Type a message; /reset starts anew, /exit or Ctrl-D ends.");
         }
         let mut lines = std::io::stdin().lock().lines();
         loop {
             if interactive {
-                eprint!("> ");
+                logging::show("> ");
             }
             let Some(line) = lines.next() else {
                 return Ok(());
@@ -87,7 +87,7 @@ impl Chat<'_> {
                 "/reset" => self.reset(),
                 message => match self.turn(engine, message) {
                     // A message that is too long must not end the talk.
-                    Err(e @ Error::Usage(_)) => eprintln!("{e}"),
+                    Err(e @ Error::Usage(_)) => logging::say(e),
                     other => other?,
                 },
             }
@@ -152,6 +152,11 @@ impl Chat<'_> {
         write_stdout("\n")?;
         self.messages
             .push(json!({"role": "assistant", "content": generation.text()}));
+        if finish == Some(FinishReason::Length) {
+            logging::say(
+                "the answer was cut at its longest: --max-tokens and --context allow more",
+            );
+        }
         let answer =
             generation.into_answer(finish.unwrap_or(FinishReason::Length), &self.report, false);
         tracing::info!("{}", summary(&answer.timings, answer.token_ids.len(), &[]));

@@ -1,32 +1,26 @@
 //! `tandem generate`: one prompt streamed as text, or one or many as JSON.
 
-use super::generation::{DEFAULT_MAX_TOKENS, Generation, Sampling, thinking};
+use super::generation::{DEFAULT_MAX_TOKENS, Generation, Sampling};
+use super::prompts::{Job, jobs};
 use crate::cli::GenerateArgs;
 use crate::config::{GenerationConfig, ModelConfig};
-use crate::engine::{Engine, FinishReason, Request, SeqId};
-use crate::output::{Answer, summary, write_json, write_logits, write_stdout};
+use crate::engine::{Engine, Event, FinishReason, Request, SeqId};
+use crate::logging::say;
+use crate::output::{Answer, Lines, summary, write_json, write_logits, write_stdout};
 use crate::session::{self, Demand, Report};
-use crate::text::{ChatRequest, Tokenizer};
+use crate::text::Tokenizer;
 use crate::{Error, Result};
-use serde_json::{Map, Value};
 use std::collections::HashMap;
-use std::io::{IsTerminal, Read};
 use std::path::Path;
 use std::time::Instant;
-
-/// A prompt on its way to the engine.
-struct Job {
-    prompt: Vec<u32>,
-    /// Keys of a batch line that come back with its answer.
-    extra: Map<String, Value>,
-}
 
 /// Everything that rank 0 knows before the model is loaded.
 struct Work {
     tokenizer: Option<Tokenizer>,
     sampling: Sampling,
     jobs: Vec<Job>,
-    max_tokens: usize,
+    /// Longest answer of each job, in tokens.
+    max_tokens: Vec<usize>,
     /// Width of a row of logits.
     vocab_size: usize,
 }
@@ -48,10 +42,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
         Some(0) => return Err(Error::usage("--prompt-tokens 0: at least 1")),
         Some(_) if args.batch == 0 => return Err(Error::usage("--batch 0: at least 1")),
         Some(n) => {
-            let job = |i| Job {
-                prompt: made_up(n, i, config.vocab_size),
-                extra: Map::new(),
-            };
+            let job = |i| Job::alone(made_up(n, i, config.vocab_size));
             (None, (0..args.batch).map(job).collect())
         }
         None => {
@@ -66,28 +57,17 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
             "--logits: keeps those of one prompt at a time, not of {sequences}: add --one-by-one"
         )));
     }
-    let longest = jobs.iter().map(|j| j.prompt.len()).max().unwrap_or(0);
-    let room = config.max_position_embeddings.saturating_sub(longest);
-    if room == 0 {
-        let limit = config.max_position_embeddings;
-        return Err(Error::failed(format!(
-            "the prompt has {longest} tokens; the model takes {limit} with the answer: shorten it"
-        )));
-    }
-    let max_tokens = args
-        .sampling
-        .max_tokens
-        .unwrap_or(DEFAULT_MAX_TOKENS.min(room));
-    if max_tokens > room {
-        return Err(Error::usage(format!(
-            "--max-tokens {max_tokens}: after a prompt of {longest} tokens the model has room for {room}"
-        )));
-    }
+    let max_tokens = jobs
+        .iter()
+        .map(|job| longest_answer(args, config.max_position_embeddings, job))
+        .collect::<Result<Vec<_>>>()?;
+    let lengths = jobs.iter().zip(&max_tokens);
+    let context = lengths.map(|(job, n)| job.prompt.len() + n).max();
     let n_tokens_known = tokenizer
         .as_ref()
         .map_or(config.vocab_size, Tokenizer::vocab_size);
     let demand = Demand {
-        context: longest + max_tokens,
+        context: context.unwrap_or(0),
         sequences,
         n_tokens_known,
         keep_logits: args.logits.is_some(),
@@ -102,6 +82,25 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
             vocab_size: config.vocab_size,
         },
     ))
+}
+
+/// The longest answer to a prompt: what was typed, or as far as the context allows.
+fn longest_answer(args: &GenerateArgs, context: usize, job: &Job) -> Result<usize> {
+    let n = job.prompt.len();
+    let room = context.saturating_sub(n);
+    let error = match args.sampling.max_tokens {
+        _ if room == 0 => Error::failed(format!(
+            "the prompt has {n} tokens; the model takes {context} with the answer: shorten it"
+        )),
+        Some(typed) if typed > room => Error::usage(format!(
+            "--max-tokens {typed}: after a prompt of {n} tokens the model has room for {room}"
+        )),
+        typed => return Ok(typed.unwrap_or(DEFAULT_MAX_TOKENS.min(room))),
+    };
+    Err(match (&args.prompts, job.line) {
+        (Some(path), Some(line)) => error.within(format!("{}: line {line}", path.display())),
+        _ => error,
+    })
 }
 
 /// The tokenizer, or why there is none: prompts that are token ids can do without.
@@ -122,194 +121,13 @@ fn made_up(n: usize, index: usize, vocab_size: usize) -> Vec<u32> {
     (0..n).map(token).collect()
 }
 
-/// Reads and tokenizes what is to be answered.
-fn jobs(args: &GenerateArgs, tokenizer: &Result<Tokenizer>, vocab_size: usize) -> Result<Vec<Job>> {
-    if let Some(path) = &args.prompts {
-        let text = read_text(path)?;
-        let lines = text
-            .lines()
-            .zip(1..)
-            .filter(|(line, _)| !line.trim().is_empty());
-        let jobs = lines.map(|(line, n)| {
-            batch_line(args, tokenizer, vocab_size, line)
-                .map_err(|e| Error::file(path, format!("line {n}: {e}")))
-        });
-        let jobs = jobs.collect::<Result<Vec<_>>>()?;
-        return if jobs.is_empty() {
-            Err(Error::file(path, "no prompts in it"))
-        } else {
-            Ok(jobs)
-        };
-    }
-    let tokenizer = tokenizer.as_ref().map_err(Error::clone)?;
-    let prompt = if let Some(path) = &args.messages {
-        let messages = json_list(path, "messages")?;
-        chat_tokens(args, tokenizer, messages)?
-    } else {
-        let text = match (&args.prompt, &args.prompt_file) {
-            (Some(text), _) => text.clone(),
-            (None, Some(path)) => read_text(path)?,
-            (None, None) => read_stdin()?,
-        };
-        prompt_tokens(args, tokenizer, &text)?
-    };
-    Ok(vec![Job {
-        prompt,
-        extra: Map::new(),
-    }])
-}
-
-fn batch_line(
-    args: &GenerateArgs,
-    tokenizer: &Result<Tokenizer>,
-    vocab_size: usize,
-    line: &str,
-) -> Result<Job> {
-    let tokenizer = || tokenizer.as_ref().map_err(Error::clone);
-    let mut extra = match serde_json::from_str(line) {
-        Ok(Value::Object(map)) => map,
-        Ok(Value::String(text)) => Map::from_iter([("prompt".to_string(), Value::String(text))]),
-        _ => Map::from_iter([("prompt".to_string(), Value::String(line.to_string()))]),
-    };
-    let given = ["messages", "prompt", "prompt_token_ids"].map(|key| extra.remove(key));
-    let prompt = match given {
-        [Some(Value::Array(messages)), None, None] => chat_tokens(args, tokenizer()?, messages)?,
-        [None, Some(Value::String(text)), None] => prompt_tokens(args, tokenizer()?, &text)?,
-        [None, None, Some(Value::Array(ids))] => checked_ids(&ids, vocab_size)?,
-        _ => {
-            return Err(Error::failed(
-                "needs one of \"prompt\" (a string), \"messages\" (a list) and \"prompt_token_ids\" (a list)",
-            ));
-        }
-    };
-    const OURS: [&str; 9] = [
-        "text",
-        "token_ids",
-        "prompt_token_ids",
-        "logprobs",
-        "finish_reason",
-        "timings",
-        "predicted",
-        "host_gbs",
-        "ranks",
-    ];
-    match OURS.iter().find(|key| extra.contains_key(**key)) {
-        Some(key) => Err(Error::failed(format!(
-            "key \"{key}\" is the answer's own; rename it"
-        ))),
-        None => Ok(Job { prompt, extra }),
-    }
-}
-
-/// A prompt that somebody else has tokenized.
-fn checked_ids(ids: &[Value], vocab_size: usize) -> Result<Vec<u32>> {
-    let id = |value: &Value| {
-        let id = value.as_u64().filter(|&id| id < vocab_size as u64);
-        id.map(|id| id as u32).ok_or_else(|| {
-            Error::failed(format!(
-                "\"prompt_token_ids\" has {value}: ids are whole numbers below the vocabulary's {vocab_size}"
-            ))
-        })
-    };
-    match ids {
-        [] => Err(Error::failed(
-            "\"prompt_token_ids\" is empty: give at least one token",
-        )),
-        ids => ids.iter().map(id).collect(),
-    }
-}
-
-fn prompt_tokens(args: &GenerateArgs, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let chat = args.chat
-        || args.system.is_some()
-        || args.tools.is_some()
-        || args.enable_thinking.is_some();
-    let tokens = if chat {
-        chat_tokens(
-            args,
-            tokenizer,
-            vec![serde_json::json!({"role": "user", "content": text})],
-        )?
-    } else {
-        tokenizer.encode(text)?
-    };
-    if text.is_empty() || tokens.is_empty() {
-        return Err(Error::failed(
-            "the prompt is empty: give at least one token",
-        ));
-    }
-    Ok(tokens)
-}
-
-fn chat_tokens(
-    args: &GenerateArgs,
-    tokenizer: &Tokenizer,
-    mut messages: Vec<Value>,
-) -> Result<Vec<u32>> {
-    if let Some(system) = &args.system {
-        messages.insert(0, serde_json::json!({"role": "system", "content": system}));
-    }
-    let tools = args
-        .tools
-        .as_deref()
-        .map(|path| json_list(path, "tools"))
-        .transpose()?;
-    let request = ChatRequest {
-        messages: &messages,
-        tools: tools.as_deref(),
-        add_generation_prompt: true,
-        extra: &thinking(args.enable_thinking),
-    };
-    tokenizer.encode_chat(&tokenizer.render_chat(&request)?)
-}
-
-fn json_list(path: &Path, what: &str) -> Result<Vec<Value>> {
-    match serde_json::from_str(&read_text(path)?) {
-        Ok(Value::Array(list)) => Ok(list),
-        Ok(_) => Err(Error::file(path, format!("not a JSON list of {what}"))),
-        Err(e) => Err(Error::file(path, format!("not valid JSON: {e}"))),
-    }
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    if path == Path::new("-") {
-        return read_stdin();
-    }
-    let bytes =
-        std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    utf8(bytes).map_err(|e| Error::file(path, e))
-}
-
-fn read_stdin() -> Result<String> {
-    let mut stdin = std::io::stdin();
-    if stdin.is_terminal() {
-        return Err(Error::usage(
-            "no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin",
-        ));
-    }
-    let mut bytes = Vec::new();
-    stdin
-        .read_to_end(&mut bytes)
-        .map_err(|e| Error::failed(format!("stdin: {e}")))?;
-    utf8(bytes).map_err(|e| Error::failed(format!("stdin: {e}")))
-}
-
-fn utf8(bytes: Vec<u8>) -> Result<String> {
-    String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        Error::failed(format!(
-            "not valid UTF-8: the byte at offset {at} begins no character"
-        ))
-    })
-}
-
 /// Runs all jobs; a single one is streamed as text unless JSON is wanted.
 fn answer(args: &GenerateArgs, engine: &mut Engine<'_>, work: Work, report: Report) -> Result<()> {
-    let as_json = args.json || args.prompts.is_some() || args.batch > 1;
+    let as_batch = args.prompts.is_some() || args.batch > 1;
+    let as_text = !args.json && !as_batch;
     let start = Instant::now();
     let mut running: HashMap<SeqId, (usize, Generation)> = HashMap::new();
-    let mut done: Vec<Option<Answer>> = Vec::new();
-    for (index, job) in work.jobs.into_iter().enumerate() {
+    for (index, (job, max_tokens)) in work.jobs.into_iter().zip(work.max_tokens).enumerate() {
         let generation = Generation::new(
             work.tokenizer.as_ref(),
             &args.sampling.stop,
@@ -318,58 +136,121 @@ fn answer(args: &GenerateArgs, engine: &mut Engine<'_>, work: Work, report: Repo
         )?;
         let id = engine.submit(Request {
             prompt: job.prompt,
-            max_tokens: work.max_tokens,
+            max_tokens,
             sampling: work.sampling.params.clone(),
             stop_tokens: work.sampling.stop_tokens.clone(),
         })?;
         running.insert(id, (index, generation));
-        done.push(None);
     }
-    let mut written = 0;
+    let mut out = Out {
+        lines: as_batch.then(Lines::new),
+        as_text,
+        n_done: 0,
+        n_cut: 0,
+    };
     while engine.has_work() {
         for event in engine.step()? {
             let id = event.id;
-            let Some((index, generation)) = running.get_mut(&id) else {
+            let Some((_, generation)) = running.get_mut(&id) else {
                 continue;
             };
-            let (text, finish) = generation.take(&event, start);
-            if !as_json {
-                write_stdout(&text)?;
-            }
-            if finish == Some(FinishReason::Stop) && event.finish.is_none() {
-                engine.cancel(id);
-            }
-            if let Some(reason) = finish {
-                let index = *index;
-                if let Some((_, generation)) = running.remove(&id) {
-                    done[index] = Some(generation.into_answer(reason, &report, args.logprobs));
-                }
-            }
-        }
-        if as_json {
-            // Answers leave in the order of their prompts, each as soon as all before it are out.
-            while let Some(answer) = done.get_mut(written).and_then(Option::take) {
-                write_json(&answer)?;
-                report_line(&answer);
-                written += 1;
+            let Some(reason) = take(engine, generation, &event, start, as_text)? else {
+                continue;
+            };
+            if let Some((index, generation)) = running.remove(&id) {
+                let answer = generation.into_answer(reason, &report, args.logprobs);
+                out.done(args, index, answer)?;
             }
         }
     }
-    if !as_json && let Some(answer) = done.into_iter().flatten().next() {
-        if !answer.text.ends_with('\n') {
-            write_stdout("\n")?;
-        }
-        report_line(&answer);
-    }
+    out.finish()?;
     match &args.logits {
         Some(path) => write_logits(path, engine.kept_logits(), work.vocab_size),
         None => Ok(()),
     }
 }
 
-fn report_line(answer: &Answer) {
-    eprintln!(
-        "{}",
-        summary(&answer.timings, answer.token_ids.len(), &answer.ranks)
-    );
+/// Takes in a token and shows its text where that is wanted; why the answer ends, if it does.
+fn take(
+    engine: &mut Engine<'_>,
+    generation: &mut Generation,
+    event: &Event,
+    start: Instant,
+    as_text: bool,
+) -> Result<Option<FinishReason>> {
+    let (text, finish) = generation.take(event, start);
+    if as_text {
+        write_stdout(&text)?;
+    }
+    if finish == Some(FinishReason::Stop) && event.finish.is_none() {
+        engine.cancel(event.id);
+    }
+    Ok(finish)
+}
+
+/// Where finished answers go.
+struct Out {
+    /// Of a batch.
+    lines: Option<Lines>,
+    /// The text of the one answer is out already.
+    as_text: bool,
+    n_done: usize,
+    /// Answers that ended at their longest.
+    n_cut: usize,
+}
+
+impl Out {
+    fn done(&mut self, args: &GenerateArgs, index: usize, mut answer: Answer) -> Result<()> {
+        let was_cut = answer.finish_reason == FinishReason::Length;
+        self.n_done += 1;
+        self.n_cut += usize::from(was_cut);
+        if let Some(lines) = &mut self.lines {
+            // A line's own key of that name tells it from the others as well.
+            if !answer.extra.contains_key("index") {
+                answer.index = Some(index);
+            }
+            lines.write(index, &answer)?;
+        } else if !self.as_text {
+            write_json(&answer)?;
+        } else if !answer.text.ends_with('\n') {
+            write_stdout("\n")?;
+        }
+        if was_cut && self.as_text {
+            say(cut(args, &answer));
+        }
+        say(summary(
+            &answer.timings,
+            answer.token_ids.len(),
+            &answer.ranks,
+        ));
+        Ok(())
+    }
+
+    /// The end of a run in which every answer is out.
+    fn finish(self) -> Result<()> {
+        match self.lines {
+            Some(lines) => {
+                if self.n_cut > 0 {
+                    let (cut, done) = (self.n_cut, self.n_done);
+                    say(format_args!(
+                        "{cut} of {done} answers were cut at their longest (\"finish_reason\": \"length\")"
+                    ));
+                }
+                lines.finish()
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// That an answer ends in the middle, and what limit it met.
+fn cut(args: &GenerateArgs, answer: &Answer) -> String {
+    let n = answer.token_ids.len();
+    match args.sampling.max_tokens {
+        Some(_) => format!("the answer was cut at --max-tokens {n}"),
+        None if n == DEFAULT_MAX_TOKENS => {
+            format!("the answer was cut at {n} tokens: --max-tokens allows more")
+        }
+        None => format!("the answer was cut after {n} tokens, at the end of the model's context"),
+    }
 }

@@ -148,6 +148,7 @@ impl Generation {
         logprobs: bool,
     ) -> Answer {
         Answer {
+            index: None,
             text: self.text,
             token_ids: self.tokens,
             prompt_token_ids: self.prompt,

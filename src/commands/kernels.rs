@@ -1,8 +1,7 @@
 //! `tandem kernels build`: the GPU kernels compiled ahead of time, so that a job's first start does not wait for it.
 
-use crate::Result;
 use crate::cli::{KernelsArgs, KernelsCommand};
-use crate::gpu;
+use crate::{Result, gpu, logging};
 
 /// Runs the command.
 ///
@@ -11,6 +10,9 @@ use crate::gpu;
 pub fn run(args: &KernelsArgs) -> Result<()> {
     let KernelsCommand::Build { arch } = &args.command;
     let (n, cache) = gpu::build_kernels(arch)?;
-    eprintln!("{n} files compiled into {}", cache.dir().display());
+    logging::say(format_args!(
+        "{n} files compiled into {}",
+        cache.dir().display()
+    ));
     Ok(())
 }

@@ -7,6 +7,7 @@ pub mod generate;
 pub mod generation;
 pub mod kernels;
 pub mod plan;
+pub mod prompts;
 
 use crate::cli::{Cli, Command};
 use crate::{Error, Result};

@@ -45,8 +45,9 @@ fn print_and_exit(error: &Error) {
         unsafe { libc::_exit(code) }
     });
     drop(last_resort);
+    super::wishes::grant();
     if !matches!(error, Error::Told(_)) {
-        eprintln!("tandem: {error}");
+        crate::logging::say(format_args!("tandem: {error}"));
     }
     std::process::exit(code)
 }

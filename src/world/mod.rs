@@ -22,6 +22,7 @@ mod spawn;
 #[cfg(test)]
 mod tests;
 mod wire;
+mod wishes;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use std::time::Duration;
 pub use group::{End, Group, MeetOptions};
 pub use hello::Hello;
 pub use spawn::{Children, ends_with_this_thread};
+pub use wishes::last_wish;
 
 use crate::{Error, Result};
 
@@ -174,6 +176,14 @@ impl World {
             _ => Ok(world),
         }
     }
+}
+
+/// Has a signal that ends this process carry out its last wishes first; a [`Group`] does so by itself.
+///
+/// # Errors
+/// No thread or pipe can be had.
+pub fn watch_signals() -> Result<()> {
+    signals::watch(|_| {}).map_err(|e| Error::failed(format!("cannot watch for signals: {e}")))
 }
 
 /// This process's rank where a launcher says it: for a mistake in the command line, which one rank should show.

@@ -40,10 +40,10 @@ pub(super) fn exchange_address(world: &World, timeout: Duration) -> Result<World
     let rank = world.rank;
     std::thread::spawn(move || {
         if clock.recv_timeout(timeout) == Err(RecvTimeoutError::Timeout) {
-            eprintln!(
+            crate::logging::say(format_args!(
                 "tandem: rank {rank}: MPI did not bring the ranks together within {} s",
                 timeout.as_secs_f64()
-            );
+            ));
             std::process::exit(1);
         }
     });

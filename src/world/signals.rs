@@ -20,6 +20,7 @@ pub(super) fn watch(before_end: impl FnOnce(i32) + Send + 'static) -> io::Result
             if reader.read_exact(&mut signal).is_ok() {
                 let signal = i32::from(signal[0]);
                 set_default();
+                super::wishes::grant();
                 before_end(signal);
                 // SAFETY: takes a plain integer; the default action ends the process.
                 unsafe { libc::raise(signal) };

@@ -1,9 +1,12 @@
 //! `tandem bench` on CPU ranks: every configuration is a run of the program, and one that fails is a row.
 
-use crate::support::{golden, tandem};
+use crate::support::{golden, signal, tandem};
 use serde_json::Value;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
 
-fn bench(args: &[&str], dir: &std::path::Path) -> (Value, String) {
+/// What it measured, its table, and its last line on stderr where configurations failed.
+fn bench(args: &[&str], dir: &std::path::Path) -> (Value, String, Option<String>) {
     let (json, svg) = (dir.join("bench.json"), dir.join("bench.svg"));
     let out = tandem()
         .arg("bench")
@@ -15,11 +18,17 @@ fn bench(args: &[&str], dir: &std::path::Path) -> (Value, String) {
         .output()
         .unwrap();
     let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{stderr}");
+    let failed = match out.status.code() {
+        Some(0) => None,
+        code => {
+            assert_eq!(code, Some(1), "{stderr}");
+            stderr.lines().last().map(str::to_owned)
+        }
+    };
     let svg = std::fs::read_to_string(svg).unwrap();
     assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n"));
     let report = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
-    (report, String::from_utf8(out.stdout).unwrap())
+    (report, String::from_utf8(out.stdout).unwrap(), failed)
 }
 
 #[test]
@@ -37,7 +46,11 @@ fn scaling_runs_every_size_and_reports_what_fails() {
         "--prompt-tokens",
         "20,9999",
     ];
-    let (report, text) = bench(&args, dir.path());
+    let (report, text, failed) = bench(&args, dir.path());
+    assert_eq!(
+        failed.as_deref(),
+        Some("tandem: 4 of 8 configurations failed; the table says why")
+    );
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 8);
     for row in rows {
@@ -103,7 +116,8 @@ fn compare_holds_each_way_against_its_prediction() {
     let dir = tempfile::tempdir().unwrap();
     let model = golden("models/qwen3-tied").display().to_string();
     let args = ["compare", "--model", &model, "--prompt-tokens", "20"];
-    let (report, text) = bench(&args, dir.path());
+    let (report, text, failed) = bench(&args, dir.path());
+    assert_eq!(failed, None);
     let ways = report["ways"].as_array().unwrap();
     let names: Vec<_> = ways.iter().map(|w| w["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["split over 2", "1 rank"]);
@@ -131,7 +145,8 @@ fn a_budget_for_gpus_that_are_not_there_is_a_row() {
         "--gpu-memory",
         "1GiB",
     ];
-    let (report, _) = bench(&args, dir.path());
+    let (report, _, failed) = bench(&args, dir.path());
+    assert!(failed.unwrap().contains("2 of 3 configurations failed"));
     let errors: Vec<bool> = report["ways"]
         .as_array()
         .unwrap()
@@ -162,4 +177,36 @@ fn a_bench_of_which_nothing_runs_fails() {
         stderr.ends_with("none of the configurations ran\n"),
         "{stderr}"
     );
+}
+
+#[test]
+fn a_bench_that_is_stopped_shows_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("bench.json");
+    let mut run = tandem();
+    run.args(["bench", "latency", "--device", "cpu", "--max-tokens", "4"]);
+    // Far more runs than anybody waits for.
+    let batches = vec!["1"; 500].join(",");
+    run.args(["--prompt-tokens", "20", "--batch", &batches, "--json"])
+        .arg(&json)
+        .arg("--model")
+        .arg(golden("models/qwen2-tied"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = run.spawn().unwrap();
+    let n_rows = || {
+        let report = std::fs::read(&json).ok()?;
+        let report: Value = serde_json::from_slice(&report).expect("whole at any moment");
+        report["rows"].as_array().map(Vec::len)
+    };
+    while n_rows().unwrap_or(0) < 2 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    signal(child.id(), libc::SIGTERM);
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.signal(), Some(libc::SIGTERM));
+    let text = String::from_utf8(out.stdout).unwrap();
+    let rows = text.lines().filter(|l| l.trim_start().starts_with("1 "));
+    assert!(rows.count() >= 2 && text.contains("tokens/s"), "{text}");
+    assert!(n_rows().unwrap() >= 2);
 }

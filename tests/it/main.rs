@@ -1,5 +1,6 @@
 //! Everything that is tested from outside: the forward pass against transformers, the program against its users.
 
+mod answers;
 mod bench;
 mod commands;
 mod failures;

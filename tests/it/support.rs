@@ -52,6 +52,12 @@ pub fn tandem() -> Command {
     command
 }
 
+/// Sends a signal to a process.
+pub fn signal(pid: u32, signal: i32) {
+    // SAFETY: takes and returns plain integers.
+    assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
+}
+
 /// The tiny models, by folder name.
 pub fn tiny_models() -> Vec<String> {
     let entries = std::fs::read_dir(golden("models")).unwrap();

@@ -1,5 +1,9 @@
 //! What leaves the program: the answer on stdout, everything else on stderr.
 
+mod lines;
+
+pub use lines::Lines;
+
 use crate::engine::FinishReason;
 use crate::plan::{Prediction, RankBytes, Tiers, bytes};
 use crate::{Error, Result};
@@ -41,6 +45,9 @@ pub struct Timings {
 /// One answer, as `--json` prints it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Answer {
+    /// Which prompt of a batch, from 0; answers leave as they finish.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub index: Option<usize>,
     /// The answer's text, special tokens left out.
     pub text: String,
     /// The answer's tokens, a stop token included.
@@ -74,15 +81,16 @@ pub fn write_stdout(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
-        .map_err(|e| {
-            let what = match e.kind() {
-                std::io::ErrorKind::BrokenPipe => {
-                    "closed before the answer was complete".to_string()
-                }
-                _ => e.to_string(),
-            };
-            Error::failed(format!("stdout: {what}"))
-        })
+        .map_err(unwritable)
+}
+
+fn unwritable(e: std::io::Error) -> Error {
+    match e.kind() {
+        std::io::ErrorKind::BrokenPipe => {
+            Error::failed("stdout: closed before the answer was complete")
+        }
+        _ => Error::failed(format!("stdout: {e}")),
+    }
 }
 
 /// Writes one JSON value and a line break to stdout.
