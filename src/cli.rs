@@ -192,10 +192,11 @@ pub struct GenerateArgs {
     /// Read a conversation from a JSON file: a list of {"role", "content"} messages
     #[arg(long, value_name = "FILE", group = "source")]
     pub messages: Option<PathBuf>,
-    /// Answer every line of a file as one batch; the output is one JSON object a line, in the file's order
+    /// Answer every line of a file as one batch; the output is one JSON object a line
     ///
     /// A line is a JSON object with "prompt", "messages" or "prompt_token_ids" (its other keys are copied to the output),
-    /// a JSON string, or plain text. Token ids need no tokenizer.
+    /// a JSON string, or plain text. Token ids need no tokenizer. Answers are written as they finish, with the number of
+    /// their line as "index", from 0; a file is in the order of the prompts at the end.
     #[arg(long, value_name = "FILE", group = "source", verbatim_doc_comment)]
     pub prompts: Option<PathBuf>,
     /// Use N made-up tokens as the prompt, to measure (needs no tokenizer)

@@ -4,7 +4,7 @@
 #   tests/bare.sh [FOLDER]      the system is made in FOLDER, which must not exist [a temporary one]
 #
 # Needs root, on Debian or Ubuntu, and Rust by rustup, whose toolchain and downloads are used in there too.
-# TANDEM_MIRROR is where Debian comes from [what this machine's apt uses].
+# TANDEM_MIRROR is where Debian comes from [what debootstrap takes by itself].
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -15,6 +15,7 @@ has rustup || fail "needs Rust by rustup: its toolchain is taken along"
 apt_install debootstrap
 system=${1:-$(mktemp -d)/debian}
 [[ ! -e $system ]] || fail "$system is there already"
+made=$(mktemp)
 trap leave EXIT
 
 # What is mounted below must be gone before anything is removed.
@@ -22,22 +23,15 @@ leave() {
     local places
     places=$(awk -v below="$system/" 'index($2, below) == 1 { print $2 }' /proc/mounts | sort -r)
     for place in $places; do umount "$place" || return; done
-    rm -rf --one-file-system "$system"
-}
-
-apt_mirror() {
-    local found
-    found=$(apt-get indextargets --format '$(SITE)' 'Codename: bookworm' 2>/dev/null | sed -n 1p)
-    echo "${found:-http://deb.debian.org/debian}"
+    rm -rf --one-file-system "$system" "$made"
 }
 
 say() { echo "== $*" >&2; }
 
 say "the smallest Debian 12"
 debootstrap --variant=minbase --include=ca-certificates bookworm "$system" \
-    "${TANDEM_MIRROR:-$(apt_mirror)}" >"$system.log" 2>&1 ||
-    { tail -n 5 "$system.log" >&2 && fail "debootstrap could not make it"; }
-rm "$system.log"
+    ${TANDEM_MIRROR:+"$TANDEM_MIRROR"} >"$made" 2>&1 ||
+    { tail -n 5 "$made" >&2 && fail "debootstrap could not make it"; }
 
 # How this machine's network reaches packages, where it needs to be told.
 for file in /etc/hosts /etc/resolv.conf /etc/pip.conf /etc/npmrc /etc/ssl/certs/ca-certificates.crt \
@@ -48,8 +42,9 @@ grep -ls '^Acquire' /etc/apt/apt.conf.d/* | xargs -r cp -t "$system/etc/apt/apt.
 mapfile -t told < <(env | grep -E '^(SSL_CERT_FILE|PIP_CERT|PIP_INDEX_URL|NODE_EXTRA_CA_CERTS|https?_proxy)=')
 
 mount -t proc proc "$system/proc"
-mount --rbind /dev "$system/dev"
-mount --make-rslave "$system/dev"
+mount --bind /dev "$system/dev"
+mount -t tmpfs tmpfs "$system/dev/shm"
+mount -t devpts devpts "$system/dev/pts"
 for place in "${CARGO_HOME:-$HOME/.cargo}:.cargo" "${RUSTUP_HOME:-$HOME/.rustup}:.rustup"; do
     mkdir -p "$system/root/${place##*:}"
     mount --bind "${place%:*}" "$system/root/${place##*:}"

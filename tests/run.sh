@@ -67,9 +67,13 @@ cp "$target/release/tandem" "$mpi_build/tandem"
 cargo build --release --locked
 as_root tests/slurm_tests.sh "$target/release/tandem" "$mpi_build/tandem" "$assets/smollm2" | tee -a "$log"
 
+say "random faults"
+python3 tests/faults.py "$target/release/tandem" 40 | tee -a "$log"
+
 say "fuzzing"
 tests/fuzz/run.sh "${TANDEM_FUZZ_SECONDS:-20}"
 
+n_faults=$(sed -n 's/^faults: \([0-9]*\) held$/\1/p' "$log")
 n_cargo=$(n_passed_by_cargo)
 n_launchers=$(sed -n 's/^launcher tests: \([0-9]*\) passed$/\1/p' "$log")
-echo "all passed: $((n_cargo + n_launchers)) tests ($n_cargo of cargo test, $n_launchers under launchers), and the fuzz run, in $SECONDS s"
+echo "all passed: $((n_cargo + n_launchers)) tests ($n_cargo of cargo test, $n_launchers under launchers), $n_faults random faults, and the fuzz run, in $SECONDS s"
