@@ -38,7 +38,7 @@ for file in /etc/hosts /etc/resolv.conf /etc/pip.conf /etc/npmrc /etc/ssl/certs/
     "$HOME/.npmrc" "$HOME/.config/pip/pip.conf"; do
     [[ -f $file ]] && install -D -m 644 "$file" "$system${file/#$HOME//root}"
 done
-grep -ls '^Acquire' /etc/apt/apt.conf.d/* | xargs -r cp -t "$system/etc/apt/apt.conf.d"
+grep -ls '^Acquire' /etc/apt/apt.conf.d/* | xargs -r cp -t "$system/etc/apt/apt.conf.d" || true
 mapfile -t told < <(env | grep -E '^(SSL_CERT_FILE|PIP_CERT|PIP_INDEX_URL|NODE_EXTRA_CA_CERTS|https?_proxy)=')
 
 mount -t proc proc "$system/proc"
