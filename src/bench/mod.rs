@@ -8,7 +8,7 @@ pub mod ceilings;
 pub mod compare;
 pub mod energy;
 pub mod limits;
+pub mod plot;
 pub mod report;
 pub mod runs;
-pub mod svg;
 pub mod sweep;

@@ -2,9 +2,10 @@
 
 use super::ceilings::{Ceilings, GpuCeilings};
 use super::compare::{Comparison, Way};
-use super::svg::{self, Bar, Panel, figure};
-use super::sweep::{Measured, Probed, Row, Sweep};
-use crate::plan::{DeviceKind, Tiers, bytes};
+use super::plot::{self, Curve, Panel, Shape};
+use super::sweep::{Probed, Row, Sweep};
+use crate::Result;
+use crate::plan::{DeviceKind, Prediction, Tiers, bytes};
 use std::fmt::Write;
 
 /// The whole sweep as text: ceilings first, then each figure beside its limit.
@@ -221,25 +222,46 @@ pub fn comparison_text(c: &Comparison) -> String {
     out
 }
 
-/// A comparison as a plot.
-pub fn comparison_plot(c: &Comparison) -> String {
-    let bar = |way: &Way, measured: fn(&Measured) -> f64, limit: Option<f64>| Bar {
-        label: way.name.clone(),
-        measured: way.measured.as_ref().map(|m| 1e3 * measured(m)),
-        limit: limit.map(|s| 1e3 * s),
+/// A comparison as a plot: each way's figures, what the plan predicted, and the limit.
+///
+/// # Errors
+/// Those of the drawing library.
+pub fn comparison_plot(c: &Comparison) -> Result<String> {
+    let bars = |title: &str, of: fn(&Way) -> [Option<f64>; 3]| Panel {
+        title: title.to_owned(),
+        shape: Shape::Bars {
+            kinds: vec!["measured", "predicted", "limit"],
+            groups: c
+                .ways
+                .iter()
+                .map(|way| {
+                    (
+                        way.name.clone(),
+                        of(way).map(|s| s.map(|s| 1e3 * s)).to_vec(),
+                    )
+                })
+                .collect(),
+        },
     };
-    let tokens = |way: &Way| bar(way, |m| m.tpot_p50_s, way.decode_limit_s);
     let panels = [
-        Panel {
-            title: "a further token, ms (p50)".to_owned(),
-            bars: c.ways.iter().map(tokens).collect(),
-        },
-        Panel {
-            title: "first token, ms".to_owned(),
-            bars: c.ways.iter().map(|w| bar(w, |m| m.ttft_s, None)).collect(),
-        },
+        bars("a token, ms (p50)", |way| {
+            [
+                way.measured.as_ref().map(|m| m.tpot_p50_s),
+                way.predicted.map(|p| p.tpot_s),
+                way.decode_limit_s,
+            ]
+        }),
+        bars("first token, ms", |way| {
+            let alike = |p: &Prediction| p.prompt_tokens == way.size.prompt_tokens;
+            let predicted = way.predicted.filter(alike);
+            [
+                way.measured.as_ref().map(|m| m.ttft_s),
+                predicted.map(|p| p.ttft_s),
+                None,
+            ]
+        }),
     ];
-    svg::draw(&plot_title(&c.model, &c.ceilings), &panels)
+    plot::draw(&plot_title(&c.model, &c.ceilings), &panels)
 }
 
 /// What the fullest rank holds, in bytes.
@@ -272,32 +294,112 @@ pub fn speed_up(rows: &[Row], row: &Row) -> Option<(f64, f64)> {
     ))
 }
 
-/// The sweep as a plot.
-pub fn plot(sweep: &Sweep) -> String {
-    let panel = |title: &str, measured: fn(&Row) -> Option<f64>, limit: fn(&Row) -> Option<f64>| {
-        let bar = |row: &Row| Bar {
-            label: label(row),
-            measured: measured(row).map(|s| 1e3 * s),
-            limit: limit(row).map(|s| 1e3 * s),
-        };
-        Panel {
-            title: title.to_owned(),
-            bars: sweep.rows.iter().map(bar).collect(),
+/// The sweep as a plot: curves over the number of ranks where there are several, else bars.
+///
+/// # Errors
+/// Those of the drawing library.
+pub fn plot(sweep: &Sweep) -> Result<String> {
+    let rows = &sweep.rows;
+    let several = rows.iter().any(|r| r.size.ranks != rows[0].size.ranks);
+    let panels = match several {
+        true => curves(rows),
+        false => bars(rows),
+    };
+    plot::draw(&plot_title(&sweep.model, &sweep.ceilings), &panels)
+}
+
+/// A figure of a row, if it has it.
+type Figure = fn(&Row) -> Option<f64>;
+
+const TOKEN_MS: Figure = |r| Some(1e3 * r.measured.as_ref()?.tpot_p50_s);
+const TOKEN_LIMIT_MS: Figure = |r| Some(1e3 * r.limits.as_ref()?.decode_s);
+const FIRST_MS: Figure = |r| Some(1e3 * r.measured.as_ref()?.ttft_s);
+const FIRST_LIMIT_MS: Figure = |r| Some(1e3 * r.limits.as_ref()?.prefill_s);
+const TOKENS: Figure = |r| Some(r.measured.as_ref()?.tokens_per_s);
+const TOKENS_LIMIT: Figure = |r| Some(r.size.batch as f64 / r.limits.as_ref()?.decode_s);
+
+fn bars(rows: &[Row]) -> Vec<Panel> {
+    let panel = |title: &str, measured: Figure, limit: Figure| Panel {
+        title: title.to_owned(),
+        shape: Shape::Bars {
+            kinds: vec!["measured", "limit"],
+            groups: rows
+                .iter()
+                .map(|r| (size_label(r, rows), vec![measured(r), limit(r)]))
+                .collect(),
+        },
+    };
+    vec![
+        panel("a token, ms (p50)", TOKEN_MS, TOKEN_LIMIT_MS),
+        panel("tokens/s of all sequences", TOKENS, TOKENS_LIMIT),
+        panel("first token, ms", FIRST_MS, FIRST_LIMIT_MS),
+    ]
+}
+
+/// A curve for each length of prompt and size of batch, dashed its limit.
+fn curves(rows: &[Row]) -> Vec<Panel> {
+    let mut labels: Vec<String> = Vec::new();
+    for row in rows {
+        let label = size_label(row, rows);
+        if !labels.contains(&label) {
+            labels.push(label);
+        }
+    }
+    let curve = |label: &String, is_bound, of: &dyn Fn(&Row) -> Option<f64>| {
+        let alike = rows.iter().filter(|r| size_label(r, rows) == *label);
+        let mut points: Vec<(f64, f64)> = alike
+            .filter_map(|r| Some((r.size.ranks as f64, of(r)?)))
+            .collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Curve {
+            label: label.clone(),
+            points,
+            is_bound,
         }
     };
-    let panels = [
-        panel(
-            "a further token, ms (p50)",
-            |r| r.measured.as_ref().map(|m| m.tpot_p50_s),
-            |r| r.limits.as_ref().map(|l| l.decode_s),
-        ),
-        panel(
-            "first token, ms",
-            |r| r.measured.as_ref().map(|m| m.ttft_s),
-            |r| r.limits.as_ref().map(|l| l.prefill_s),
-        ),
-    ];
-    svg::draw(&plot_title(&sweep.model, &sweep.ceilings), &panels)
+    let beside = |title: &str, measured: Figure, limit: Figure| {
+        let both = |l| [curve(l, false, &measured), curve(l, true, &limit)];
+        Panel {
+            title: title.to_owned(),
+            shape: Shape::Curves(labels.iter().flat_map(both).collect()),
+        }
+    };
+    let speed = |r: &Row| Some(speed_up(rows, r)?.0);
+    let mut speeds: Vec<Curve> = labels.iter().map(|l| curve(l, false, &speed)).collect();
+    let counts = || rows.iter().map(|r| r.size.ranks as f64);
+    let (fewest, most) = (
+        counts().fold(f64::MAX, f64::min),
+        counts().fold(0.0, f64::max),
+    );
+    speeds.push(Curve {
+        label: "ideal".to_owned(),
+        points: vec![(fewest, 1.0), (most, most / fewest)],
+        is_bound: true,
+    });
+    vec![
+        beside("a token, ms (p50; dashed: limit)", TOKEN_MS, TOKEN_LIMIT_MS),
+        beside("tokens/s of all sequences", TOKENS, TOKENS_LIMIT),
+        Panel {
+            title: "speed-up of a token (dashed: ideal)".to_owned(),
+            shape: Shape::Curves(speeds),
+        },
+        beside("first token, ms", FIRST_MS, FIRST_LIMIT_MS),
+    ]
+}
+
+/// What tells a size from the others of a sweep, besides the number of ranks.
+fn size_label(row: &Row, rows: &[Row]) -> String {
+    let batch = match row.size.batch {
+        1 => "1 sequence".to_owned(),
+        n => format!("{n} sequences"),
+    };
+    let prompts_differ = rows
+        .iter()
+        .any(|r| r.size.prompt_tokens != row.size.prompt_tokens);
+    match prompts_differ {
+        true => format!("prompt {}, {batch}", row.size.prompt_tokens),
+        false => batch,
+    }
 }
 
 fn plot_title(model: &str, ceilings: &[Probed]) -> String {
@@ -344,4 +446,15 @@ fn align(rows: &[Vec<String>]) -> String {
         let _ = writeln!(out, "{}", cells.join("  "));
     }
     out
+}
+
+/// Three significant digits.
+pub fn figure(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        v if v >= 99.95 => format!("{value:.0}"),
+        v if v >= 9.995 => format!("{value:.1}"),
+        v if v >= 0.9995 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
 }

@@ -55,7 +55,7 @@ fn lead(
 /// Something measured that can be shown.
 trait Shown: Serialize + Clone + Send + 'static {
     fn text(&self) -> String;
-    fn plot(&self) -> String;
+    fn plot(&self) -> Result<String>;
     /// Configurations that failed, and all of them.
     fn failed(&self) -> (usize, usize);
 }
@@ -64,7 +64,7 @@ impl Shown for Sweep {
     fn text(&self) -> String {
         report::text(self)
     }
-    fn plot(&self) -> String {
+    fn plot(&self) -> Result<String> {
         report::plot(self)
     }
     fn failed(&self) -> (usize, usize) {
@@ -77,7 +77,7 @@ impl Shown for Comparison {
     fn text(&self) -> String {
         report::comparison_text(self)
     }
-    fn plot(&self) -> String {
+    fn plot(&self) -> Result<String> {
         report::comparison_plot(self)
     }
     fn failed(&self) -> (usize, usize) {
@@ -147,7 +147,7 @@ fn show<T: Shown>(so_far: &Mutex<Option<T>>, files: &Files) -> Result<()> {
         write(path, &json(&measured)?)?;
     }
     match &files.svg {
-        Some(path) => write(path, &measured.plot()),
+        Some(path) => write(path, &measured.plot()?),
         None => Ok(()),
     }
 }
