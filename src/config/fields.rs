@@ -1,22 +1,12 @@
 //! Typed access to a JSON object that remembers which keys nobody asked for.
 
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 use serde_json::{Map, Value};
 use std::path::Path;
 
-/// Larger than any real configuration file; keeps a wrong path from being read whole.
-const MAX_FILE: u64 = 16 << 20;
-
 pub(super) fn read_text(path: &Path) -> Result<String> {
-    let meta =
-        std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    if meta.len() > MAX_FILE {
-        return Err(Error::file(
-            path,
-            format!("{} bytes is too large for a configuration file", meta.len()),
-        ));
-    }
-    std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))
+    files::read_text(path)?
+        .ok_or_else(|| Error::file(path, "cannot be read: there is no such file"))
 }
 
 /// A JSON object whose keys are taken out one by one; `null` counts as absent, as it does in Python.

@@ -1,15 +1,13 @@
 //! A checkpoint directory: which tensors there are, where they lie, and whether they are the ones that a model needs.
 
 use super::Dtype;
-use super::header::{self, MAX_HEADER, PREFIX};
+use super::header::{self, PREFIX};
 use super::text::{UniqueMap, clip, dims, first_few, quote};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
-use std::io::ErrorKind;
-use std::io::Read;
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
@@ -21,7 +19,7 @@ const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Element type as written in the file, e.g. `BF16`.
-    pub stored_dtype: String,
+    pub stored_dtype: safetensors::Dtype,
     /// Sizes of the dimensions, outermost first.
     pub shape: Vec<usize>,
     /// Which of the checkpoint's files holds it.
@@ -35,7 +33,7 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// The element type, when it is one that tandem computes with.
     pub fn dtype(&self) -> Option<Dtype> {
-        header::weight_dtype(&self.stored_dtype)
+        header::weight_dtype(self.stored_dtype)
     }
 
     /// The shape as `[rows, cols]`: a vector of `n` counts as `[n, 1]`; `None` beyond two dimensions.
@@ -126,10 +124,10 @@ impl Checkpoint {
                 "a model is a directory, and this is a file",
             ));
         }
-        if is_there(&dir.join(SINGLE)) {
+        if files::is_there(&dir.join(SINGLE)) {
             return Self::read(dir, &[SINGLE.to_owned()], None);
         }
-        if !is_there(&dir.join(INDEX)) {
+        if !files::is_there(&dir.join(INDEX)) {
             return Err(nothing_to_open(dir));
         }
         let index = read_index(&dir.join(INDEX))?;
@@ -168,7 +166,7 @@ impl Checkpoint {
 
     fn add_file(&mut self, name: &str, index: Option<&BTreeMap<String, String>>) -> Result<()> {
         let path = self.dir.join(name);
-        let (file, about) = open_regular(&path)?;
+        let (file, about) = files::open_regular(&path)?;
         let (header, entries) =
             read_header(&file, about.len()).map_err(|e| Error::file(&path, e))?;
         for part in [name.as_bytes(), &about.len().to_le_bytes(), &header] {
@@ -259,9 +257,9 @@ impl Checkpoint {
             Error::file(
                 self.path_of(tensor),
                 format_args!(
-                    "tensor {} is {}; tandem reads BF16, F16 and F32 (quantized checkpoints are not supported)",
+                    "tensor {} is `{}`; tandem reads BF16, F16 and F32 (quantized checkpoints are not supported)",
                     quote(name),
-                    quote(&tensor.stored_dtype)
+                    tensor.stored_dtype
                 ),
             )
         })
@@ -347,31 +345,6 @@ fn tensors(n: usize) -> String {
     format!("{n} tensor{}", if n == 1 { "" } else { "s" })
 }
 
-/// Whether a name is taken, be it by a dangling link: then the link is the error to show.
-fn is_there(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
-}
-
-/// Opens a file, through symbolic links (the Hugging Face cache is made of them); a pipe would block for ever.
-fn open_regular(path: &Path) -> Result<(File, Metadata)> {
-    let about = path.metadata().map_err(|e| match path.read_link() {
-        Ok(to) => Error::file(
-            path,
-            format_args!("links to {}: {e}; download it again", to.display()),
-        ),
-        Err(_) if e.kind() == ErrorKind::NotFound => {
-            Error::file(path, "is missing; download it again")
-        }
-        Err(_) => Error::file(path, e),
-    })?;
-    if !about.is_file() {
-        return Err(Error::file(path, "not a regular file"));
-    }
-    let file = File::open(path).map_err(|e| Error::file(path, e))?;
-    let about = file.metadata().map_err(|e| Error::file(path, e))?;
-    Ok((file, about))
-}
-
 /// The raw header and its entries.
 fn read_header(file: &File, file_len: u64) -> Result<(Vec<u8>, BTreeMap<String, header::Entry>)> {
     let mut start = vec![0; file_len.min(PREFIX) as usize];
@@ -390,18 +363,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     struct Index {
         weight_map: UniqueMap<String>,
     }
-    let (file, about) = open_regular(path)?;
-    if about.len() > MAX_HEADER {
-        let len = about.len();
-        return Err(Error::file(
-            path,
-            format_args!("{len} bytes exceed the limit of {MAX_HEADER}"),
-        ));
-    }
-    let mut json = Vec::new();
-    file.take(MAX_HEADER)
-        .read_to_end(&mut json)
-        .map_err(|e| Error::file(path, e))?;
+    let json = files::read(path)?.unwrap_or_default();
     let index: Index = serde_json::from_slice(&json)
         .map_err(|e| Error::file(path, format_args!("damaged: {}", clip(&e.to_string()))))?;
     let map = index.weight_map.0;
