@@ -1,6 +1,6 @@
 //! `tandem generate`: one prompt streamed as text, or one or many as JSON.
 
-use super::generation::{DEFAULT_MAX_TOKENS, Generation, Sampling, thinking};
+use super::generation::{Generation, Sampling, thinking};
 use crate::cli::GenerateArgs;
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, FinishReason, Request, SeqId};
@@ -48,6 +48,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
         Some(0) => return Err(Error::usage("--prompt-tokens 0: at least 1")),
         Some(_) if args.batch == 0 => return Err(Error::usage("--batch 0: at least 1")),
         Some(n) => {
+            check_made_up(n, args.batch, config)?;
             let job = |i| Job {
                 prompt: made_up(n, i, config.vocab_size),
                 extra: Map::new(),
@@ -77,7 +78,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
     let max_tokens = args
         .sampling
         .max_tokens
-        .unwrap_or(DEFAULT_MAX_TOKENS.min(room));
+        .unwrap_or(sampling.default_max_tokens(longest).min(room));
     if max_tokens > room {
         return Err(Error::usage(format!(
             "--max-tokens {max_tokens}: after a prompt of {longest} tokens the model has room for {room}"
@@ -113,6 +114,23 @@ fn tokenizer(dir: &Path) -> Result<Result<Tokenizer>> {
             "a named shape has no tokenizer: give --prompt-tokens N instead of a prompt",
         ))),
         found => Ok(found),
+    }
+}
+
+/// Made-up prompts must fit the model and the memory before there are any.
+fn check_made_up(n: usize, batch: usize, config: &ModelConfig) -> Result<()> {
+    let longest = config.max_position_embeddings;
+    if n >= longest {
+        return Err(Error::failed(format!(
+            "the prompt has {n} tokens; the model takes {longest} with the answer: shorten it"
+        )));
+    }
+    const MOST: usize = 1 << 27;
+    match n.checked_mul(batch) {
+        Some(total) if total <= MOST => Ok(()),
+        _ => Err(Error::usage(format!(
+            "--batch {batch}: prompts of {n} tokens make more than {MOST} tokens in all"
+        ))),
     }
 }
 
@@ -319,7 +337,7 @@ fn answer(args: &GenerateArgs, engine: &mut Engine<'_>, work: Work, report: Repo
         let id = engine.submit(Request {
             prompt: job.prompt,
             max_tokens: work.max_tokens,
-            sampling: work.sampling.params.clone(),
+            sampling: work.sampling.of_prompt(index),
             stop_tokens: work.sampling.stop_tokens.clone(),
         })?;
         running.insert(id, (index, generation));
