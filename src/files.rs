@@ -6,8 +6,11 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Larger than any tokenizer; a wrong path or a hostile folder must not fill the memory.
-const MAX_TEXT: u64 = 256 << 20;
+/// Bytes that are more than any tokenizer or index has; a wrong path or a hostile folder must not fill the memory.
+pub(crate) const LARGE: u64 = 256 << 20;
+
+/// Bytes that are more than any configuration or template has; in memory, JSON may take twenty times its size.
+pub(crate) const SMALL: u64 = 16 << 20;
 
 /// Opens a regular file, through symbolic links (the Hugging Face cache is made of them).
 ///
@@ -40,34 +43,34 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, Metadata)> {
 /// The bytes of a file; `None` where there is none of this name.
 ///
 /// # Errors
-/// Those of [`open_regular`], and more than 256 MiB.
-pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+/// Those of [`open_regular`], and more than `limit` bytes.
+pub(crate) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     if !is_there(path) {
         return Ok(None);
     }
     let (file, about) = open_regular(path)?;
     let too_large = |len: u64| {
-        let what = format_args!("{len} bytes or more: over the limit of {MAX_TEXT}");
+        let what = format_args!("{len} bytes or more: over the limit of {limit}");
         Err(Error::file(path, what))
     };
-    if about.len() > MAX_TEXT {
+    if about.len() > limit {
         return too_large(about.len());
     }
     let mut bytes = Vec::with_capacity(about.len() as usize);
     // It may grow meanwhile.
-    let read = file.take(MAX_TEXT + 1).read_to_end(&mut bytes);
+    let read = file.take(limit + 1).read_to_end(&mut bytes);
     match read.map_err(|e| Error::file(path, format_args!("cannot be read: {e}")))? as u64 {
-        len if len > MAX_TEXT => too_large(len),
+        len if len > limit => too_large(len),
         _ => Ok(Some(bytes)),
     }
 }
 
-/// The text of a file; `None` where there is none of this name.
+/// The text of a small file; `None` where there is none of this name.
 ///
 /// # Errors
 /// Those of [`read`], and bytes that are no UTF-8.
 pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
-    let Some(bytes) = read(path)? else {
+    let Some(bytes) = read(path, SMALL)? else {
         return Ok(None);
     };
     String::from_utf8(bytes).map(Some).map_err(|e| {
@@ -119,8 +122,8 @@ mod tests {
         symlink("nowhere", at("dangling")).unwrap();
         assert!(complaint(&at("dangling")).starts_with("links to nowhere: "));
         let sparse = File::create(at("sparse")).unwrap();
-        sparse.set_len(MAX_TEXT + 1).unwrap();
-        assert!(complaint(&at("sparse")).ends_with("over the limit of 268435456"));
+        sparse.set_len(SMALL + 1).unwrap();
+        assert!(complaint(&at("sparse")).ends_with("over the limit of 16777216"));
         std::fs::write(at("latin"), b"a\xff").unwrap();
         assert!(complaint(&at("latin")).contains("offset 1"));
     }

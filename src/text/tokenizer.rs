@@ -57,7 +57,7 @@ impl Tokenizer {
     /// A chat template that does not compile is reported by [`Self::render_chat`]: raw prompts do not need it.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let bytes = files::read(&path)?.ok_or_else(|| {
+        let bytes = files::read(&path, files::LARGE)?.ok_or_else(|| {
             Error::file(
                 &path,
                 "missing; --model wants a Hugging Face model folder with its tokenizer.json",
@@ -198,7 +198,7 @@ fn build(json: &[u8], config: &Map<String, Value>) -> Result<tokenizers::Tokeniz
 }
 
 fn read_config(path: &Path) -> Result<Map<String, Value>> {
-    let Some(bytes) = files::read(path)? else {
+    let Some(bytes) = files::read(path, files::SMALL)? else {
         return Ok(Map::new());
     };
     serde_json::from_slice(&bytes).map_err(|e| Error::file(path, format!("not a JSON object: {e}")))
