@@ -36,9 +36,9 @@ fn main() -> tandem::Result<()> {
         return Ok(());
     };
     let dir = Path::new(&dir);
-    let config = ModelConfig::from_dir(dir)?;
-    let checkpoint = Checkpoint::open(dir)?;
-    let dtype = check_tensors(&config, &checkpoint)?;
+    let mut config = ModelConfig::from_dir(dir)?;
+    let mut checkpoint = Checkpoint::open(dir)?;
+    let dtype = check_tensors(&mut config, &mut checkpoint)?;
     let shard = Shard::new(&config, 1, 0);
     let cores = physical_cores(&affinity_cpus());
     let limits = Limits {

@@ -154,15 +154,16 @@ __device__ __forceinline__ float sum_before(float v) {
 __device__ __forceinline__ u32 drawn_index(const float (&logits)[2], const Draw& draw) {
     const u32 first = 2 * static_cast<u32>(lane_id());
     float scaled[2], kth = NEG_INFINITY, p[2];
+    const float best = warp_max(logits[0]);
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
-        scaled[i] = logits[i] / draw.temperature;
+        // From the largest down, so that no temperature is too small for the quotients.
+        scaled[i] = (logits[i] - best) / draw.temperature;
         if (first + i + 1 >= draw.top_k) kth = fmaxf(kth, scaled[i]);
     }
-    const float best = warp_max(scaled[0]);
     kth = warp_max(kth);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) p[i] = scaled[i] >= kth && scaled[i] > NEG_INFINITY ? exp2_fast((scaled[i] - best) * LOG2_E) : 0.0f;
+    for (int i = 0; i < 2; ++i) p[i] = scaled[i] >= kth && scaled[i] > NEG_INFINITY ? exp2_fast(scaled[i] * LOG2_E) : 0.0f;
 
     // What top-p and min-p drop are the last ones: sums before what stays do not change.
     const float top_k_sum = warp_sum(p[0] + p[1]);

@@ -142,7 +142,7 @@ pub struct RankArgs {
 /// How tokens are chosen; what is not given comes from the model's generation_config.json.
 #[derive(Debug, Args)]
 pub struct SamplingArgs {
-    /// Longest answer, in tokens [default: 1024, as far as the context allows]
+    /// Longest answer, in tokens [default: 1024, as far as the context and the model's own limit allow]
     #[arg(long, value_name = "N")]
     pub max_tokens: Option<usize>,
     /// Randomness; 0 always takes the most likely token

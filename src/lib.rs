@@ -21,6 +21,7 @@
 //! | [`output`] | the answer on stdout, the summary on stderr |
 //! | [`mod@bench`] | what a machine gives at best, and what a run makes of it |
 //! | [`doctor`] | what this machine offers, what is missing |
+//! | `files` | files of a model folder, opened as a stranger's |
 //! | [`logging`] | log lines tagged with rank and host, the progress bar |
 //! | [`error`] | the one error type |
 #![warn(missing_docs)]
@@ -34,6 +35,7 @@ pub mod cpu;
 pub mod doctor;
 pub mod engine;
 pub mod error;
+mod files;
 pub mod gpu;
 pub mod logging;
 pub mod model;

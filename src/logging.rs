@@ -4,6 +4,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
@@ -24,8 +25,19 @@ pub fn show(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
+/// Whether another rank is the first.
+static NOT_FIRST: AtomicBool = AtomicBool::new(false);
+
+/// Warns of what every rank finds alike: the first one says it.
+pub fn said_by_one(what: fmt::Arguments<'_>) {
+    if !NOT_FIRST.load(Ordering::Relaxed) {
+        tracing::warn!("{what}");
+    }
+}
+
 /// Names this rank in every later log line.
 pub fn set_rank(rank: usize, size: usize) {
+    NOT_FIRST.store(rank > 0, Ordering::Relaxed);
     if size > 1 {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         // Called once a process; a second call would carry the same tag.

@@ -2,7 +2,7 @@
 
 use super::ceilings::{Ceilings, RankCeilings};
 use super::energy::Meter;
-use super::limits::{Size, limits};
+use super::limits::{MOST, Size, limits};
 use super::runs::Runs;
 use super::sweep::{Budgets, Measured, Model, Probed, generate, probe, say};
 use crate::cli::CompareArgs;
@@ -66,6 +66,11 @@ pub fn compare(
         return Err(Error::usage(
             "0 ranks, tokens or sequences: at least 1 of each",
         ));
+    }
+    if let Some(n) = sizes.iter().find(|&&n| n > MOST) {
+        return Err(Error::usage(format!(
+            "{n} ranks, tokens or sequences: at most {MOST} of each"
+        )));
     }
     let size = |ranks| Size {
         ranks,

@@ -8,6 +8,9 @@ use crate::plan::{
 use crate::weights::{Dtype, LocalMatrix};
 use serde::Serialize;
 
+/// More ranks, tokens or sequences are a slip of the keyboard; sums and products of two stay far from overflow.
+pub const MOST: usize = 1 << 30;
+
 /// A run's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Size {

@@ -47,7 +47,8 @@ pub struct Runs<'a> {
 pub fn with_runs(limit_s: u64, lead: impl FnOnce(&Runs<'_>) -> Result<()>) -> Result<()> {
     let world = World::detect(&WorldFlags::default(), &|name| std::env::var(name).ok())?;
     crate::logging::set_rank(world.rank, world.size);
-    let limit = Duration::from_secs(limit_s);
+    // Beyond a year it is none; the clock must not overflow.
+    let limit = Duration::from_secs(limit_s.min(366 * 86_400));
     if world.size == 1 {
         watch_signals()?;
         return lead(&Runs { group: None, limit });

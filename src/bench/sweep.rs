@@ -1,7 +1,7 @@
 //! The same model over numbers of ranks, lengths of prompts and sizes of batches.
 
 use super::ceilings::Ceilings;
-use super::limits::{Limits, Size, limits};
+use super::limits::{Limits, MOST, Size, limits};
 use super::runs::Runs;
 use crate::cli::{BenchModelArgs, Device};
 use crate::config::{ModelConfig, SHAPES, named_shape};
@@ -122,8 +122,8 @@ impl Model {
         let (is_shape, (config, dtype)) = match named {
             Some(config) => (true, (config.clone(), config.dtype)),
             None if args.model.is_dir() => {
-                let config = ModelConfig::from_dir(&args.model)?;
-                let dtype = check_tensors(&config, &Checkpoint::open(&args.model)?)?;
+                let mut config = ModelConfig::from_dir(&args.model)?;
+                let dtype = check_tensors(&mut config, &mut Checkpoint::open(&args.model)?)?;
                 (false, (config, dtype))
             }
             None => {
@@ -163,6 +163,9 @@ pub fn sweep(
     ] {
         if values.contains(&0) {
             return Err(Error::usage(format!("--{flag} 0: at least 1")));
+        }
+        if let Some(n) = values.iter().find(|&&n| n > MOST) {
+            return Err(Error::usage(format!("--{flag} {n}: at most {MOST}")));
         }
     }
     let budgets = Budgets {

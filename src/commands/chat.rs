@@ -1,6 +1,6 @@
 //! `tandem chat`: a conversation on the terminal.
 
-use super::generation::{DEFAULT_MAX_TOKENS, Generation, Sampling, thinking};
+use super::generation::{Generation, Sampling, thinking};
 use crate::cli::ChatArgs;
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, FinishReason, Request};
@@ -122,6 +122,7 @@ impl Chat<'_> {
                 engine.context()
             )));
         }
+        let longest = self.sampling.default_max_tokens(prompt.len());
         let start = Instant::now();
         let mut generation = Generation::new(
             Some(&self.tokenizer),
@@ -131,12 +132,7 @@ impl Chat<'_> {
         )?;
         let id = engine.submit(Request {
             prompt,
-            max_tokens: self
-                .args
-                .sampling
-                .max_tokens
-                .unwrap_or(DEFAULT_MAX_TOKENS)
-                .min(room),
+            max_tokens: self.args.sampling.max_tokens.unwrap_or(longest).min(room),
             sampling: self.sampling.params.clone(),
             stop_tokens: self.sampling.stop_tokens.clone(),
         })?;

@@ -1,6 +1,6 @@
 //! `tandem generate`: one prompt streamed as text, or one or many as JSON.
 
-use super::generation::{DEFAULT_MAX_TOKENS, Generation, Sampling};
+use super::generation::{Generation, Sampling};
 use super::prompts::{Job, jobs};
 use crate::cli::GenerateArgs;
 use crate::config::{GenerationConfig, ModelConfig};
@@ -42,6 +42,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
         Some(0) => return Err(Error::usage("--prompt-tokens 0: at least 1")),
         Some(_) if args.batch == 0 => return Err(Error::usage("--batch 0: at least 1")),
         Some(n) => {
+            check_made_up(n, args.batch, config)?;
             let job = |i| Job::alone(made_up(n, i, config.vocab_size));
             (None, (0..args.batch).map(job).collect())
         }
@@ -59,7 +60,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
     }
     let max_tokens = jobs
         .iter()
-        .map(|job| longest_answer(args, config.max_position_embeddings, job))
+        .map(|job| longest_answer(args, &sampling, config.max_position_embeddings, job))
         .collect::<Result<Vec<_>>>()?;
     let lengths = jobs.iter().zip(&max_tokens);
     let context = lengths.map(|(job, n)| job.prompt.len() + n).max();
@@ -85,7 +86,12 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
 }
 
 /// The longest answer to a prompt: what was typed, or as far as the context allows.
-fn longest_answer(args: &GenerateArgs, context: usize, job: &Job) -> Result<usize> {
+fn longest_answer(
+    args: &GenerateArgs,
+    sampling: &Sampling,
+    context: usize,
+    job: &Job,
+) -> Result<usize> {
     let n = job.prompt.len();
     let room = context.saturating_sub(n);
     let error = match args.sampling.max_tokens {
@@ -95,7 +101,7 @@ fn longest_answer(args: &GenerateArgs, context: usize, job: &Job) -> Result<usiz
         Some(typed) if typed > room => Error::usage(format!(
             "--max-tokens {typed}: after a prompt of {n} tokens the model has room for {room}"
         )),
-        typed => return Ok(typed.unwrap_or(DEFAULT_MAX_TOKENS.min(room))),
+        typed => return Ok(typed.unwrap_or(sampling.default_max_tokens(n).min(room))),
     };
     Err(match (&args.prompts, job.line) {
         (Some(path), Some(line)) => error.within(format!("{}: line {line}", path.display())),
@@ -112,6 +118,23 @@ fn tokenizer(dir: &Path) -> Result<Result<Tokenizer>> {
             "a named shape has no tokenizer: give --prompt-tokens N instead of a prompt",
         ))),
         found => Ok(found),
+    }
+}
+
+/// Made-up prompts must fit the model and the memory before there are any.
+fn check_made_up(n: usize, batch: usize, config: &ModelConfig) -> Result<()> {
+    let longest = config.max_position_embeddings;
+    if n >= longest {
+        return Err(Error::failed(format!(
+            "the prompt has {n} tokens; the model takes {longest} with the answer: shorten it"
+        )));
+    }
+    const MOST: usize = 1 << 27;
+    match n.checked_mul(batch) {
+        Some(total) if total <= MOST => Ok(()),
+        _ => Err(Error::usage(format!(
+            "--batch {batch}: prompts of {n} tokens make more than {MOST} tokens in all"
+        ))),
     }
 }
 
@@ -137,7 +160,7 @@ fn answer(args: &GenerateArgs, engine: &mut Engine<'_>, work: Work, report: Repo
         let id = engine.submit(Request {
             prompt: job.prompt,
             max_tokens,
-            sampling: work.sampling.params.clone(),
+            sampling: work.sampling.of_prompt(index),
             stop_tokens: work.sampling.stop_tokens.clone(),
         })?;
         running.insert(id, (index, generation));
@@ -248,9 +271,8 @@ fn cut(args: &GenerateArgs, answer: &Answer) -> String {
     let n = answer.token_ids.len();
     match args.sampling.max_tokens {
         Some(_) => format!("the answer was cut at --max-tokens {n}"),
-        None if n == DEFAULT_MAX_TOKENS => {
-            format!("the answer was cut at {n} tokens: --max-tokens allows more")
+        None => {
+            format!("the answer was cut at {n} tokens: --max-tokens allows more, up to the context")
         }
-        None => format!("the answer was cut after {n} tokens, at the end of the model's context"),
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::cli::SamplingArgs;
 use crate::config::GenerationConfig;
-use crate::engine::{Event, FinishReason, SamplingParams};
+use crate::engine::{Bans, Event, FinishReason, SamplingParams};
 use crate::output::{Answer, Timings};
 use crate::session::Report;
 use crate::text::{StopMatcher, StreamDecoder, Tokenizer};
@@ -20,10 +20,12 @@ pub struct Sampling {
     pub params: SamplingParams,
     /// Tokens that end an answer.
     pub stop_tokens: Vec<u32>,
+    /// Longest answer by the model's own defaults, and longest prompt and answer together.
+    longest: (Option<usize>, Option<usize>),
 }
 
 impl Sampling {
-    /// Merges the command line over `generation_config.json`.
+    /// Merges the command line over `generation_config.json`, and says which of its keys are not applied.
     ///
     /// # Errors
     /// A value outside its range, naming flag and value.
@@ -47,8 +49,19 @@ impl Sampling {
             Some(true) => d.temperature.unwrap_or(1.0) as f32,
             _ => 0.0,
         };
+        // Smaller numbers have no reciprocal in single precision; of their draws all are the most likely token.
+        let temperature = temperature.unwrap_or(default_temperature);
+        let temperature = match temperature < f32::MIN_POSITIVE {
+            true => 0.0,
+            false => temperature,
+        };
+        let stop_tokens = match args.ignore_eos {
+            true => Vec::new(),
+            false => d.eos_token_ids.clone(),
+        };
+        warn_of_unapplied(d, temperature > 0.0);
         let params = SamplingParams {
-            temperature: temperature.unwrap_or(default_temperature),
+            temperature,
             top_k: args.top_k.or(d.top_k).unwrap_or(0),
             top_p: top_p.or(d.top_p.map(|p| p as f32)).unwrap_or(1.0),
             min_p: min_p.or(d.min_p.map(|p| p as f32)).unwrap_or(0.0),
@@ -56,16 +69,62 @@ impl Sampling {
                 .or(d.repetition_penalty.map(|p| p as f32))
                 .unwrap_or(1.0),
             seed: args.seed,
-        };
-        let stop_tokens = if args.ignore_eos {
-            Vec::new()
-        } else {
-            d.eos_token_ids.clone()
+            stream: 0,
+            bans: bans(d, &stop_tokens),
         };
         Ok(Sampling {
             params,
             stop_tokens,
+            longest: (d.max_new_tokens, d.max_length),
         })
+    }
+
+    /// The longest answer to a prompt of `prompt` tokens where `--max-tokens` does not say: the model's own limit, and
+    /// [`DEFAULT_MAX_TOKENS`] at most.
+    pub fn default_max_tokens(&self, prompt: usize) -> usize {
+        let own = match self.longest {
+            (None, Some(together)) => together.checked_sub(prompt).filter(|&n| n > 0),
+            (answer, _) => answer,
+        };
+        own.unwrap_or(DEFAULT_MAX_TOKENS).min(DEFAULT_MAX_TOKENS)
+    }
+
+    /// The parameters of the `index`-th of several prompts: each draws by itself, in whatever order they run.
+    pub fn of_prompt(&self, index: usize) -> SamplingParams {
+        SamplingParams {
+            stream: index as u64,
+            ..self.params.clone()
+        }
+    }
+}
+
+/// The tokens that the model's defaults rule out.
+fn bans(d: &GenerationConfig, stop_tokens: &[u32]) -> Bans {
+    // A stop token alone is no bad word.
+    let not_a_stop = |row: &&Vec<u32>| !matches!(row[..], [t] if d.eos_token_ids.contains(&t));
+    Bans {
+        always: d.suppress_tokens.clone(),
+        first: d.begin_suppress_tokens.clone(),
+        ngram: d.no_repeat_ngram_size,
+        rows: d.bad_words_ids.iter().filter(not_a_stop).cloned().collect(),
+        stops: stop_tokens.to_vec(),
+        least_answer: d.min_new_tokens,
+        least_length: d.min_length,
+        prompt_len: 0,
+    }
+}
+
+/// One line about keys that would change the answer and are not applied.
+fn warn_of_unapplied(d: &GenerationConfig, drawn: bool) {
+    let acting: Vec<_> = d
+        .unapplied
+        .iter()
+        .filter(|u| drawn || !u.drawn_only)
+        .collect();
+    if let Some(first) = acting.first() {
+        let names: Vec<_> = acting.iter().map(|u| format!("\"{}\"", u.key)).collect();
+        let (file, names) = (first.file, names.join(", "));
+        tracing::warn!("{file}: not applied: {names}; answers may differ from transformers'");
     }
 }
 

@@ -90,8 +90,8 @@ fn model_of(args: &PlanArgs) -> Result<(ModelConfig, Dtype)> {
             Ok((config, dtype))
         }
         _ if args.model.is_dir() => {
-            let config = ModelConfig::from_dir(&args.model)?;
-            let dtype = check_tensors(&config, &Checkpoint::open(&args.model)?)?;
+            let mut config = ModelConfig::from_dir(&args.model)?;
+            let dtype = check_tensors(&mut config, &mut Checkpoint::open(&args.model)?)?;
             Ok((config, dtype))
         }
         _ => {

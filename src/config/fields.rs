@@ -1,22 +1,12 @@
 //! Typed access to a JSON object that remembers which keys nobody asked for.
 
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 use serde_json::{Map, Value};
 use std::path::Path;
 
-/// Larger than any real configuration file; keeps a wrong path from being read whole.
-const MAX_FILE: u64 = 16 << 20;
-
 pub(super) fn read_text(path: &Path) -> Result<String> {
-    let meta =
-        std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    if meta.len() > MAX_FILE {
-        return Err(Error::file(
-            path,
-            format!("{} bytes is too large for a configuration file", meta.len()),
-        ));
-    }
-    std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))
+    files::read_text(path)?
+        .ok_or_else(|| Error::file(path, "cannot be read: there is no such file"))
 }
 
 /// A JSON object whose keys are taken out one by one; `null` counts as absent, as it does in Python.
@@ -54,20 +44,33 @@ impl Fields {
         }
     }
 
+    /// A whole number, 0 included.
+    pub fn count(&mut self, key: &str) -> Result<Option<usize>> {
+        let Some(value) = self.take(key) else {
+            return Ok(None);
+        };
+        match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
+            Some(n) => Ok(Some(n)),
+            None => Err(Error::failed(format!(
+                "{key} is {value}; a whole number is needed"
+            ))),
+        }
+    }
+
     pub fn size(&mut self, key: &str, max: usize) -> Result<usize> {
         self.optional_size(key, max)?
             .ok_or_else(|| Error::failed(format!("{key} is missing")))
     }
 
-    /// A finite number.
+    /// A number that single precision holds, since that is what the model computes in.
     pub fn number(&mut self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.take(key) else {
             return Ok(None);
         };
-        match value.as_f64().filter(|x| x.is_finite()) {
+        match value.as_f64().filter(|&x| (x as f32).is_finite()) {
             Some(x) => Ok(Some(x)),
             None => Err(Error::failed(format!(
-                "{key} is {value}; a number is needed"
+                "{key} is {value}; a number is needed, and none beyond 3.4e38"
             ))),
         }
     }
@@ -94,40 +97,47 @@ impl Fields {
         }
     }
 
-    /// One token id or a list of them.
+    /// One token id or a list of them. Negative numbers, as some files have for none, are no token's.
     pub fn token_ids(&mut self, key: &str) -> Result<Vec<u32>> {
         let Some(value) = self.take(key) else {
             return Ok(Vec::new());
         };
-        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        let id = |v: &Value| match v.as_i64() {
+            Some(n) if n < 0 => Some(None),
+            _ => v.as_u64().and_then(|n| u32::try_from(n).ok()).map(Some),
+        };
         let ids = match &value {
             Value::Array(list) => list.iter().map(id).collect::<Option<Vec<_>>>(),
             one => id(one).map(|n| vec![n]),
         };
-        ids.ok_or_else(|| {
+        let ids = ids.ok_or_else(|| {
             Error::failed(format!(
                 "{key} is {value}; a token id or a list of them is needed"
             ))
-        })
+        })?;
+        Ok(ids.into_iter().flatten().collect())
     }
 
-    /// Refuses what is left, except `harmless` keys and private ones (`_name_or_path`).
-    pub fn refuse_rest(&self, harmless: &[&str]) -> Result<()> {
-        let unknown = |(key, value): &(&String, &Value)| {
-            !value.is_null() && !key.starts_with('_') && !harmless.contains(&key.as_str())
+    /// Rows of token ids; an empty one counts as none.
+    pub fn token_rows(&mut self, key: &str) -> Result<Vec<Vec<u32>>> {
+        let Some(value) = self.take(key) else {
+            return Ok(Vec::new());
         };
-        match self.0.iter().find(unknown) {
-            None => Ok(()),
-            Some((key, value)) => {
-                let mut shown = value.to_string();
-                if shown.chars().count() > 40 {
-                    shown = shown.chars().take(40).chain("…".chars()).collect();
-                }
-                Err(Error::failed(format!(
-                    "key \"{key}\" ({shown}) is not known and could change the model's arithmetic; \
-                     remove it if it does not"
-                )))
-            }
+        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        let row = |v: &Value| v.as_array()?.iter().map(id).collect::<Option<Vec<u32>>>();
+        let rows = value.as_array().map(|all| all.iter().map(row).collect());
+        match rows {
+            Some(Some(rows)) => Ok(Vec::into_iter(rows)
+                .filter(|row: &Vec<u32>| !row.is_empty())
+                .collect()),
+            _ => Err(Error::failed(format!(
+                "{key} is {value}; a list of lists of token ids is needed"
+            ))),
         }
+    }
+
+    /// What was not taken.
+    pub fn rest(&self) -> impl Iterator<Item = (&String, &Value)> {
+        self.0.iter()
     }
 }

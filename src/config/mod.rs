@@ -2,21 +2,23 @@
 //!
 //! Both spellings are read: the older one (`rope_theta`, `rope_scaling`, `torch_dtype`) of the published Qwen
 //! checkpoints and the newer one (`rope_parameters`, `dtype`). A key that could change the forward pass and is not
-//! understood is refused by name: a wrong answer is worse than none.
+//! understood is refused by name: a wrong answer is worse than none. Keys that no forward pass reads are left aside.
 
 mod fields;
 mod generation;
+mod keys;
 mod rope;
 mod shapes;
 
-pub use generation::GenerationConfig;
+pub use generation::{GenerationConfig, Unapplied};
 pub use rope::{Rope, Yarn};
 pub use shapes::{SHAPES, named_shape};
 
 use crate::weights::Dtype;
-use crate::{Error, Result};
+use crate::{Error, Result, logging};
 use fields::Fields;
 use serde::Serialize;
+use serde_json::Value;
 use std::path::Path;
 
 /// The model families that tandem runs.
@@ -62,35 +64,10 @@ pub struct ModelConfig {
     pub rope: Rope,
     /// The element type that the config names; the checkpoint's headers have the last word.
     pub dtype: Dtype,
-    /// Stop tokens named by `config.json` (those of `generation_config.json` come first).
+    /// Stop tokens named by `config.json`; they count where there is no `generation_config.json`
+    /// ([`GenerationConfig::from_dir`]).
     pub eos_token_ids: Vec<u32>,
 }
-
-/// Keys that describe the file, training or Python's own behaviour: no influence on the forward pass.
-const HARMLESS: &[&str] = &[
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "id2label",
-    "initializer_range",
-    "is_encoder_decoder",
-    "label2id",
-    "max_window_layers",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "sliding_window",
-    "torchscript",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-];
 
 /// No published Qwen is near it; a larger value is a damaged file, and products of two stay far from overflow.
 const MAX_SIZE: usize = 1 << 24;
@@ -112,14 +89,27 @@ impl ModelConfig {
         }
         let path = dir.join("config.json");
         let text = fields::read_text(&path)?;
-        Self::from_json(&text).map_err(|e| Error::file(path, e))
+        let (config, unknown) = Self::parse(&text).map_err(|e| Error::file(&path, e))?;
+        if !unknown.is_empty() {
+            let path = path.display();
+            logging::said_by_one(format_args!(
+                "{path}: keys that neither tandem nor transformers reads are left aside: {}",
+                unknown.join(", ")
+            ));
+        }
+        Ok(config)
     }
 
     /// Parses the text of a `config.json`.
     ///
     /// # Errors
-    /// Not JSON, another architecture, missing, absurd or contradictory values, keys that are not understood.
+    /// Not JSON, another architecture, missing, absurd or contradictory values, keys that could change the arithmetic.
     pub fn from_json(text: &str) -> Result<Self> {
+        Ok(Self::parse(text)?.0)
+    }
+
+    /// The configuration, and the names of keys that nobody reads.
+    fn parse(text: &str) -> Result<(Self, Vec<String>)> {
         let mut f = Fields::parse(text)?;
         let family = family(&mut f)?;
         let mut size = |key: &str| f.size(key, MAX_SIZE);
@@ -157,9 +147,10 @@ impl ModelConfig {
             eos_token_ids,
         };
         refuse_unsupported(&mut f)?;
-        f.refuse_rest(HARMLESS)?;
+        refuse_windows(&mut f, &config)?;
+        let unknown = keys::unknown(f.rest(), family)?;
         config.validate()?;
-        Ok(config)
+        Ok((config, unknown))
     }
 
     fn validate(&self) -> Result<()> {
@@ -275,31 +266,12 @@ fn dtype(f: &mut Fields) -> Result<Dtype> {
 /// Keys that are fine at one value and change the arithmetic at any other.
 fn refuse_unsupported(f: &mut Fields) -> Result<()> {
     match f.string("hidden_act")?.as_deref() {
-        None | Some("silu") => {}
+        // Two names of one function.
+        None | Some("silu" | "swish") => {}
         Some(other) => {
             return Err(Error::failed(format!(
                 "hidden_act \"{other}\" is not supported: silu"
             )));
-        }
-    }
-    for key in [
-        "use_sliding_window",
-        "attention_bias",
-        "mlp_bias",
-        "use_mrope",
-    ] {
-        if f.boolean(key)?.unwrap_or(false) {
-            return Err(Error::failed(format!("{key} = true is not supported")));
-        }
-    }
-    if let Some(types) = f.take("layer_types") {
-        let all_full = types
-            .as_array()
-            .is_some_and(|a| a.iter().all(|t| t == "full_attention"));
-        if !all_full {
-            return Err(Error::failed(
-                "layer_types other than full_attention are not supported",
-            ));
         }
     }
     if f.take("quantization_config").is_some() {
@@ -308,6 +280,45 @@ fn refuse_unsupported(f: &mut Fields) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Layers that see only the last so many tokens; a window that is as long as any sequence, or of no layer, is none.
+fn refuse_windows(f: &mut Fields, config: &ModelConfig) -> Result<()> {
+    let in_use = f.boolean("use_sliding_window")?.unwrap_or(false);
+    let types = f.take("layer_types");
+    let is = |t: &Value, name: &str| t == name;
+    let sliding = match &types {
+        None => {
+            // The architecture's default where the file is silent.
+            let first = f.count("max_window_layers")?.unwrap_or(28);
+            in_use && first < config.n_layers
+        }
+        Some(Value::Array(types)) if types.iter().all(|t| is(t, "full_attention")) => false,
+        Some(Value::Array(types))
+            if in_use
+                && types
+                    .iter()
+                    .all(|t| is(t, "full_attention") || is(t, "sliding_attention")) =>
+        {
+            true
+        }
+        Some(_) => {
+            return Err(Error::failed(
+                "layer_types other than full_attention are not supported",
+            ));
+        }
+    };
+    let window = match sliding {
+        true => f.count("sliding_window")?,
+        false => None,
+    };
+    let longest = config.max_position_embeddings;
+    match window {
+        Some(window) if window < longest => Err(Error::failed(format!(
+            "use_sliding_window = true with a sliding_window of {window} tokens is not supported (a sequence may have {longest})"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,12 @@
 //! Rotary position embedding: plain, or scaled by YaRN (Peng et al., arXiv 2309.00071).
 
 use super::fields::Fields;
+use super::keys;
 use crate::{Error, Result};
 use serde::Serialize;
+use serde_json::Value;
 use std::f64::consts::PI;
+use std::ops::RangeInclusive;
 
 /// How positions turn into rotations.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -34,29 +37,32 @@ pub struct Yarn {
 impl Rope {
     /// Takes the rotary keys of either spelling out of a config.
     pub(super) fn take(f: &mut Fields, max_positions: usize) -> Result<Rope> {
-        let old_theta = f.number("rope_theta")?;
-        let scaling = f.take("rope_scaling").map(|v| ("rope_scaling", v));
-        let parameters = f.take("rope_parameters").map(|v| ("rope_parameters", v));
-        if scaling.is_some() && parameters.is_some() {
+        let theta = f.number("rope_theta")?.unwrap_or(10_000.0);
+        let mut ropes = Vec::new();
+        for key in ["rope_scaling", "rope_parameters"] {
+            match f.take(key) {
+                None => {}
+                // Python's `or` passes over an empty one.
+                Some(Value::Object(map)) if map.is_empty() => {}
+                Some(value) => {
+                    let mut r = Fields::from_value(key, value)?;
+                    let mut rope = Rope { theta, yarn: None };
+                    rope.take_scaling(&mut r, max_positions)
+                        .map_err(|e| Error::failed(format!("{key}: {e}")))?;
+                    ropes.push(rope);
+                }
+            }
+        }
+        if ropes.windows(2).any(|pair| pair[0] != pair[1]) {
             return Err(Error::failed(
                 "rope_scaling and rope_parameters contradict each other: keep one",
             ));
         }
-        let mut rope = Rope {
-            theta: old_theta.unwrap_or(10_000.0),
-            yarn: None,
-        };
-        if let Some((key, value)) = scaling.or(parameters) {
-            let mut r = Fields::from_value(key, value)?;
-            rope.take_scaling(&mut r, max_positions)
-                .map_err(|e| Error::failed(format!("{key}: {e}")))?;
-        }
-        // `number` takes finite values only.
-        if rope.theta <= 1.0 {
-            return Err(Error::failed(format!(
-                "rope_theta {}: must be above 1",
-                rope.theta
-            )));
+        let rope = ropes.pop().unwrap_or(Rope { theta, yarn: None });
+        within("rope_theta", rope.theta, 1.0..=1e15)?;
+        // The series of wavelengths needs a base that is not 1.
+        if rope.theta == 1.0 {
+            return Err(Error::failed("rope_theta 1: must be above 1"));
         }
         Ok(rope)
     }
@@ -79,7 +85,22 @@ impl Rope {
                 )));
             }
         }
-        r.refuse_rest(&[])
+        // Those of other kinds of scaling are refused; what is no part of any, or of other programs, is passed over.
+        let other = r.rest().find(|(key, value)| {
+            let known = [
+                "low_freq_factor",
+                "high_freq_factor",
+                "short_factor",
+                "long_factor",
+            ];
+            let partial = *key == "partial_rotary_factor" && value.as_f64() != Some(1.0);
+            !value.is_null()
+                && (partial || known.contains(&key.as_str()) || *key == "mrope_section")
+        });
+        match other {
+            Some((key, value)) => Err(keys::refusal(key, value)),
+            None => Ok(()),
+        }
     }
 
     /// Positions that YaRN makes usable; 0 without it.
@@ -109,16 +130,23 @@ impl Rope {
     }
 }
 
+/// Beyond these, sines and cosines are infinite or nothing in single precision, or the file is damaged.
+fn within(key: &str, x: f64, range: RangeInclusive<f64>) -> Result<()> {
+    if range.contains(&x) {
+        return Ok(());
+    }
+    let (low, high) = range.into_inner();
+    Err(Error::failed(format!(
+        "{key} {x:e}: must be from {low} to {high}"
+    )))
+}
+
 impl Yarn {
     fn take(r: &mut Fields, max_positions: usize) -> Result<Yarn> {
         let factor = r
             .number("factor")?
             .ok_or_else(|| Error::failed("factor is missing"))?;
-        if !(1.0..=1024.0).contains(&factor) {
-            return Err(Error::failed(format!(
-                "factor {factor}: must be between 1 and 1024"
-            )));
-        }
+        within("factor", factor, 1.0..=1024.0)?;
         let original = r
             .optional_size("original_max_position_embeddings", 1 << 24)?
             .unwrap_or(max_positions);
@@ -136,17 +164,17 @@ impl Yarn {
             _ => mscale(1.0),
         };
         let attention_factor = r.number("attention_factor")?.unwrap_or(default);
-        let (beta_fast, beta_slow) = (
-            r.number("beta_fast")?.unwrap_or(32.0),
-            r.number("beta_slow")?.unwrap_or(1.0),
-        );
-        let positive = [attention_factor, beta_fast, beta_slow]
-            .iter()
-            .all(|&x| x > 0.0);
-        if !positive || beta_fast < beta_slow {
-            return Err(Error::failed(
-                "attention_factor and beta_fast ≥ beta_slow must be above 0",
-            ));
+        within("attention_factor", attention_factor, 1e-4..=1e4)?;
+        // 0 counts as absent, as it does in Python's `or`.
+        let mut beta = |key: &str, default: f64| {
+            let beta = r.number(key)?.filter(|&x| x != 0.0).unwrap_or(default);
+            within(key, beta, 1e-6..=1e6).map(|()| beta)
+        };
+        let (beta_fast, beta_slow) = (beta("beta_fast", 32.0)?, beta("beta_slow", 1.0)?);
+        if beta_fast < beta_slow {
+            return Err(Error::failed(format!(
+                "beta_fast {beta_fast} is below beta_slow {beta_slow}"
+            )));
         }
         let truncate = r.boolean("truncate")?.unwrap_or(true);
         Ok(Yarn {

@@ -7,11 +7,13 @@
 //! front are known, so that the device never waits for the host. Every rank begins the same steps in the same order; when it
 //! collects their tokens is its own affair.
 
+mod bans;
 mod protocol;
 mod replica;
 pub mod sampler;
 mod scheduler;
 
+pub use bans::Bans;
 pub use protocol::{Entry, NewSequence, SeqId, StepPlan};
 pub use replica::{Replica, Sampled};
 pub use sampler::{Sampler, SamplingParams};

@@ -336,7 +336,7 @@ impl<B: Backend> Replica<B> {
             let Some(s) = self.sequences.get_mut(&id) else {
                 continue;
             };
-            if !choice.logit.is_finite() {
+            if !choice.logit.is_finite() || choice.log_sum_exp.is_nan() {
                 return Err(Error::failed(
                     "the logits are not finite: the checkpoint's weights are damaged or overflow its precision",
                 ));

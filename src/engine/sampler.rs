@@ -1,9 +1,10 @@
 //! From a row of logits to a token: penalty, temperature, top-k, top-p, min-p, in the order of transformers' `generate`.
 //!
-//! The random draw is a function of the seed and the token's position alone. Every rank holds the same logits and so
-//! draws the same token; nothing needs to be sent back. A GPU draws by itself (`kernels/candidates.cu`) where a token is
+//! The random draw is a function of the seed, the sequence's stream and the token's position alone. Every rank holds the
+//! same logits and so draws the same token; nothing needs to be sent back. A GPU draws by itself (`kernels/candidates.cu`) where a token is
 //! one of the most likely few; what is here then says only how.
 
+use super::Bans;
 use crate::model::{CANDIDATES, Draw};
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,10 @@ pub struct SamplingParams {
     pub repetition_penalty: f32,
     /// Seed of the draws.
     pub seed: u64,
+    /// Which of the seed's streams of draws: sequences that run side by side have one each.
+    pub stream: u64,
+    /// Tokens that may not come.
+    pub bans: Bans,
 }
 
 impl SamplingParams {
@@ -34,11 +39,11 @@ impl SamplingParams {
             min_p: 0.0,
             repetition_penalty: 1.0,
             seed: 0,
+            stream: 0,
+            bans: Bans::default(),
         }
     }
-}
 
-impl SamplingParams {
     /// How a device draws the token for `position`; `None` where all tokens are in question, not only the most likely few.
     pub fn draw(&self, position: usize) -> Option<Draw> {
         let top_k = if self.temperature == 0.0 {
@@ -46,13 +51,14 @@ impl SamplingParams {
         } else {
             self.top_k
         };
-        (1..=CANDIDATES).contains(&top_k).then(|| Draw {
+        let on_device = (1..=CANDIDATES).contains(&top_k) && self.bans.is_empty();
+        on_device.then(|| Draw {
             temperature: self.temperature,
             top_k: top_k as u32,
             top_p: self.top_p,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
-            uniform: uniform(self.seed, position as u64) as f32,
+            uniform: uniform(self.seed, self.stream, position as u64) as f32,
         })
     }
 }
@@ -82,11 +88,12 @@ impl Sampler {
         params: &SamplingParams,
         position: usize,
     ) -> u32 {
-        self.penalise(logits, history, params.repetition_penalty);
-        if params.temperature == 0.0 {
+        self.take_in(logits, history, params);
+        // Without a finite largest logit there is nothing to draw from; the caller sees which one it is.
+        if params.temperature == 0.0 || !largest(&self.all).is_finite() {
             return argmax(&self.all);
         }
-        let target = uniform(params.seed, position as u64);
+        let target = uniform(params.seed, params.stream, position as u64);
         match self.weigh(params) {
             Weighed::All(sum) => self.draw_from_all(target * sum),
             Weighed::Candidates => self.draw_candidate(target),
@@ -139,7 +146,7 @@ impl Sampler {
         history: &[u32],
         params: &SamplingParams,
     ) -> Vec<f32> {
-        self.penalise(logits, history, params.repetition_penalty);
+        self.take_in(logits, history, params);
         match self.weigh(params) {
             Weighed::All(sum) => self.all.iter().map(|w| w / sum as f32).collect(),
             Weighed::Candidates => {
@@ -152,9 +159,19 @@ impl Sampler {
         }
     }
 
-    fn penalise(&mut self, logits: &[f32], history: &[u32], penalty: f32) {
+    /// The logits behind penalty and bans.
+    fn take_in(&mut self, logits: &[f32], history: &[u32], params: &SamplingParams) {
         self.all.clear();
         self.all.extend_from_slice(logits);
+        self.penalise(logits, history, params.repetition_penalty);
+        params.bans.visit(history, |token| {
+            if let Some(logit) = self.all.get_mut(token as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        });
+    }
+
+    fn penalise(&mut self, logits: &[f32], history: &[u32], penalty: f32) {
         if penalty == 1.0 {
             return;
         }
@@ -170,17 +187,18 @@ impl Sampler {
 
     /// From logits to weights, or where there is a filter to the probabilities of the candidates that it leaves.
     fn weigh(&mut self, params: &SamplingParams) -> Weighed {
-        self.all.iter_mut().for_each(|l| *l /= params.temperature);
+        // From the largest down, so that no temperature is too small for the quotients.
+        let max = largest(&self.all);
+        let scale = |l: &mut f32| *l = (*l - max) / params.temperature;
+        self.all.iter_mut().for_each(scale);
         self.candidates.clear();
         if params.top_k > 0 && params.top_k < self.all.len() {
             self.take_most_likely(params.top_k);
             let c = &mut self.candidates;
-            let max = c.iter().map(|x| x.0).fold(f32::NEG_INFINITY, f32::max);
-            c.iter_mut().for_each(|x| x.0 = exp(x.0 - max));
+            c.iter_mut().for_each(|x| x.0 = exp(x.0));
             normalise(c);
         } else {
-            let max = largest(&self.all);
-            self.all.iter_mut().for_each(|l| *l = exp(*l - max));
+            self.all.iter_mut().for_each(|l| *l = exp(*l));
             self.sums.clear();
             self.sums.extend(self.all.chunks(BLOCK).map(sum));
             let sum: f64 = self.sums.iter().sum();
@@ -344,8 +362,9 @@ fn normalise(c: &mut [(f32, u32)]) {
     c.iter_mut().for_each(|x| x.0 /= sum as f32);
 }
 
-/// A number in `[0, 1)` from (seed, position): two rounds of SplitMix64's mixer (Steele et al., OOPSLA 2014).
-fn uniform(seed: u64, position: u64) -> f64 {
+/// A number in `[0, 1)` from (seed, stream, position): rounds of SplitMix64's mixer (Steele et al., OOPSLA 2014). Stream 0
+/// has no round of its own.
+fn uniform(seed: u64, stream: u64, position: u64) -> f64 {
     let mix = |mut z: u64| {
         z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -353,124 +372,12 @@ fn uniform(seed: u64, position: u64) -> f64 {
         z ^ (z >> 31)
     };
     // 24 bits, so that the value stays below 1 as an f32 too.
-    (mix(mix(seed) ^ position) >> 40) as f64 / (1u64 << 24) as f64
+    let key = match stream {
+        0 => mix(seed),
+        n => mix(mix(seed) ^ n),
+    };
+    (mix(key ^ position) >> 40) as f64 / (1u64 << 24) as f64
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn params(temperature: f32) -> SamplingParams {
-        SamplingParams {
-            temperature,
-            ..SamplingParams::greedy()
-        }
-    }
-
-    #[test]
-    fn greedy_takes_the_first_of_the_largest() {
-        let mut s = Sampler::default();
-        assert_eq!(
-            s.sample(&[0.5, 2.0, 2.0, -1.0], &[], &SamplingParams::greedy(), 0),
-            1
-        );
-        let penalised = SamplingParams {
-            repetition_penalty: 2.0,
-            ..SamplingParams::greedy()
-        };
-        assert_eq!(s.sample(&[0.5, 2.0, 1.5, -1.0], &[1, 1], &penalised, 0), 2);
-    }
-
-    #[test]
-    fn what_is_no_number_or_impossible_is_not_drawn() {
-        assert_eq!([exp(f32::NEG_INFINITY), exp(-200.0)], [0.0, 0.0]);
-        assert!(exp(f32::NAN).is_nan() && log_sum_exp(&[1.0, f32::NAN]).is_nan());
-        let logits = [f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY];
-        let mut s = Sampler::default();
-        for position in 0..100 {
-            assert_eq!(s.sample(&logits, &[], &params(1.0), position), 1);
-        }
-    }
-
-    #[test]
-    fn draws_depend_on_seed_and_position_only_and_follow_the_distribution() {
-        let logits = [1.0, 0.0, -1.0];
-        let p = SamplingParams {
-            seed: 7,
-            ..params(1.0)
-        };
-        let draw = |position| Sampler::default().sample(&logits, &[], &p, position);
-        let n = 20_000;
-        let mut counts = [0usize; 3];
-        (0..n).for_each(|i| counts[draw(i) as usize] += 1);
-        let want = Sampler::default().probabilities(&logits, &[], &p);
-        for (count, want) in counts.iter().zip(want) {
-            // Five standard deviations of a binomial share.
-            let sd = (want * (1.0 - want) / n as f32).sqrt();
-            assert!(
-                (*count as f32 / n as f32 - want).abs() < 5.0 * sd,
-                "{counts:?}"
-            );
-        }
-        assert_eq!(draw(3), draw(3));
-    }
-
-    proptest! {
-        #[test]
-        fn filters_leave_a_distribution_with_the_most_likely_token(
-            logits in prop::collection::vec(-20f32..20.0, 1..200),
-            (t, k, p, m) in (0.05f32..3.0, 0usize..50, 0.0f32..=1.0, 0.0f32..=1.0),
-        ) {
-            let params = SamplingParams { top_k: k, top_p: p, min_p: m, ..params(t) };
-            let probabilities = Sampler::default().probabilities(&logits, &[], &params);
-            let sum: f32 = probabilities.iter().sum();
-            prop_assert!((sum - 1.0).abs() < 1e-4);
-            prop_assert!(probabilities[argmax(&logits) as usize] > 0.0);
-        }
-
-        /// Beside sorting everything and looking at every token.
-        #[test]
-        fn filters_keep_what_a_full_sort_keeps(
-            logits in prop::collection::vec(-6f32..6.0, 1..5000),
-            (t, k, p, m) in (0.3f32..3.0, prop_oneof![Just(0usize), 1usize..2000], 0.01f32..=1.2, prop_oneof![Just(0f32), 0.0f32..=0.5]),
-        ) {
-            let params = SamplingParams { top_k: k, top_p: p, min_p: m, ..params(t) };
-            let got = Sampler::default().probabilities(&logits, &[], &params);
-            let mut all: Vec<(f64, usize)> = logits.iter().map(|&l| f64::from(l / t)).zip(0..).collect();
-            all.sort_by(|a, b| b.0.total_cmp(&a.0));
-            let kth = all[if k == 0 { all.len() } else { k.min(all.len()) } - 1].0;
-            all.retain(|x| x.0 >= kth);
-            let sum: f64 = all.iter().map(|x| x.0.exp()).sum();
-            all.iter_mut().for_each(|x| x.0 = x.0.exp() / sum);
-            let (mut before, largest) = (0.0, all[0].0);
-            for (i, &(q, token)) in all.iter().enumerate() {
-                let near = |a: f64, b: f64| (a - b).abs() < 1e-5 * b;
-                let at_the_edge = near(before, f64::from(p)) || near(q, f64::from(m) * largest);
-                let kept = i == 0 || (p >= 1.0 || before < f64::from(p)) && q >= f64::from(m) * largest;
-                prop_assert!(at_the_edge || (got[token] > 0.0) == kept, "{i} of {}: {}", all.len(), got[token]);
-                before += q;
-            }
-        }
-
-        #[test]
-        fn exponentials_are_those_of_double_precision(x in -87f32..=0.0) {
-            let want = f64::from(x).exp();
-            prop_assert!((f64::from(exp(x)) / want - 1.0).abs() < 4e-7, "{} {want}", exp(x));
-        }
-
-        #[test]
-        fn sums_and_maxima_are_those_of_double_precision(x in prop::collection::vec(-30f32..30.0, 1..5000)) {
-            let want = x.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
-            prop_assert!((log_sum_exp(&x) - want).abs() < 1e-6);
-            let first = (0..x.len()).rev().fold(0, |best, i| if x[i] >= x[best] { i } else { best });
-            prop_assert_eq!(argmax(&x) as usize, first);
-        }
-
-        #[test]
-        fn uniform_is_inside_the_unit_interval(seed: u64, position: u64) {
-            let u = uniform(seed, position) as f32;
-            prop_assert!((0.0..1.0).contains(&u));
-        }
-    }
-}
+mod tests;

@@ -93,7 +93,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// An empty prompt, one that does not fit the context, or a request larger than the whole cache.
-    pub fn submit(&mut self, request: Request) -> Result<SeqId> {
+    pub fn submit(&mut self, mut request: Request) -> Result<SeqId> {
         let (prompt, answer) = (request.prompt.len(), request.max_tokens);
         if prompt == 0 {
             return Err(Error::failed(
@@ -116,6 +116,7 @@ impl Scheduler {
                 self.pool.total() * KV_BLOCK
             )));
         }
+        request.sampling.bans.prompt_len = prompt;
         let id = self.next_id;
         self.next_id += 1;
         self.waiting.push_back((id, request));

@@ -128,6 +128,9 @@ struct Step {
     kv_read: f64,
 }
 
+/// Chunks of a prompt that are looked at one by one; what a plan costs must not grow with the context.
+const MOST_CHUNKS: usize = 512;
+
 /// Seconds of one step by what they are spent on.
 #[derive(Debug, Clone, Copy, Default)]
 struct Times {
@@ -164,6 +167,19 @@ impl Times {
             streamed: self.streamed + other.streamed,
             file: self.file + other.file,
             hand_over: self.hand_over + other.hand_over,
+        }
+    }
+
+    fn times(self, n: f64) -> Times {
+        Times {
+            read: self.read * n,
+            compute: self.compute * n,
+            all_reduce: self.all_reduce * n,
+            latency: self.latency * n,
+            shared: self.shared * n,
+            streamed: self.streamed * n,
+            file: self.file * n,
+            hand_over: self.hand_over * n,
         }
     }
 
@@ -216,16 +232,26 @@ pub(super) fn predict(
     let prefill = |prompt_tokens: usize| {
         let one_sequence = (request.max_seqs * request.context) as f64;
         let (mut seconds, mut sum) = (0.0, Times::default());
-        for start in (0..prompt_tokens).step_by(max_step_tokens) {
-            let tokens = max_step_tokens.min(prompt_tokens - start);
+        let mut add = |first: usize, n: usize, tokens: usize| {
+            // The middle of n chunks.
+            let start = max_step_tokens as f64 * (first as f64 + (n as f64 - 1.0) / 2.0);
             let chunk = slowest(&Step {
                 tokens,
-                context: start as f64 + (tokens as f64 + 1.0) / 2.0,
-                logit_rows: usize::from(start + tokens == prompt_tokens),
-                kv_read: (start + tokens) as f64 / one_sequence,
+                context: start + (tokens as f64 + 1.0) / 2.0,
+                logit_rows: usize::from(first + n == prompt_tokens.div_ceil(max_step_tokens)),
+                kv_read: (start + tokens as f64) / one_sequence,
             });
-            seconds += chunk.total();
-            sum = sum.plus(chunk);
+            seconds += n as f64 * chunk.total();
+            sum = sum.plus(chunk.times(n as f64));
+        };
+        // All but the last are alike except for what lies before them: of very many, neighbours count as one.
+        let before = prompt_tokens.div_ceil(max_step_tokens).saturating_sub(1);
+        let together = before.div_ceil(MOST_CHUNKS).max(1);
+        for first in (0..before).step_by(together) {
+            add(first, together.min(before - first), max_step_tokens);
+        }
+        if prompt_tokens > 0 {
+            add(before, 1, prompt_tokens - before * max_step_tokens);
         }
         (seconds, sum)
     };

@@ -505,3 +505,29 @@ fn every_named_shape_has_a_plan_for_1_to_16_ranks() {
         }
     }
 }
+
+/// What a plan costs does not grow with the context: chunks of a very long prompt are counted in groups, which changes next to
+/// nothing of the prediction.
+#[test]
+fn a_prompt_of_very_many_chunks_is_predicted_as_if_each_were_looked_at() {
+    let c = named_shape("qwen2.5-7b").unwrap();
+    let seconds = |context: usize, max_step_tokens: usize| {
+        let c = ModelConfig {
+            max_position_embeddings: 1 << 34,
+            ..c.clone()
+        };
+        let request = Request {
+            context,
+            max_step_tokens,
+            ..Request::new("long", &c, DeviceKind::Cpu, 2)
+        };
+        Plan::new(&c, &request).unwrap().predicted.request_s
+    };
+    // 4096 chunks in groups of 8 beside the sum of all, which is linear in what lies before each.
+    let (some, more) = (seconds(512 * 64, 64), seconds(8 * 512 * 64, 64));
+    assert!(more > 8.0 * some && more < 80.0 * some, "{some} {more}");
+    let (a, b) = (seconds(511 * 64 + 10, 64), seconds(514 * 64 + 10, 64));
+    assert!(b > a && b < 1.02 * a, "{a} {b}");
+    // Thirty million chunks.
+    assert!(seconds(1 << 34, 512) > 0.0);
+}

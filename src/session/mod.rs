@@ -58,7 +58,8 @@ struct Model {
     config: ModelConfig,
     checkpoint: Option<Arc<Checkpoint>>,
     dtype: Dtype,
-    fingerprint: u64,
+    /// Of configuration and arguments, and of the weights.
+    fingerprint: (u64, u64),
     site: Site,
 }
 
@@ -129,7 +130,7 @@ fn find(args: &ModelArgs, world: &World) -> Result<Model> {
         .to_str()
         .and_then(named_shape)
         .filter(|_| !args.model.exists());
-    let config = match (args.weights, named) {
+    let mut config = match (args.weights, named) {
         (Weights::Random, Some(config)) => config,
         (Weights::Checkpoint, Some(_)) => {
             let shape = args.model.display();
@@ -142,16 +143,19 @@ fn find(args: &ModelArgs, world: &World) -> Result<Model> {
     let (checkpoint, dtype) = match args.weights {
         Weights::Random => (None, config.dtype),
         Weights::Checkpoint => {
-            let checkpoint = Checkpoint::open(&args.model)?;
-            let dtype = check_tensors(&config, &checkpoint)?;
+            let mut checkpoint = Checkpoint::open(&args.model)?;
+            let dtype = check_tensors(&mut config, &mut checkpoint)?;
             (Some(Arc::new(checkpoint)), dtype)
         }
     };
-    let files = checkpoint.as_ref().map_or(0, |c| c.fingerprint());
+    let weights = match &checkpoint {
+        Some(checkpoint) if world.size > 1 => checkpoint.fingerprint()?,
+        _ => 0,
+    };
     let mut hasher = std::hash::DefaultHasher::new();
     let kind = site.kind();
-    format!("{config:?} {dtype} {kind} {:?} {files:x}", args.weights).hash(&mut hasher);
-    let fingerprint = hasher.finish();
+    format!("{config:?} {dtype} {kind} {:?}", args.weights).hash(&mut hasher);
+    let fingerprint = (hasher.finish(), weights);
     Ok(Model {
         config,
         checkpoint,
@@ -167,7 +171,8 @@ fn hello<W>(world: &World, found: &Result<(Model, W)>) -> Hello {
         Ok((model, _)) => {
             let hello = model.site.describe(hello, world.local_size.unwrap_or(1));
             Hello {
-                fingerprint: model.fingerprint,
+                fingerprint: model.fingerprint.0,
+                weights: model.fingerprint.1,
                 ..hello
             }
         }

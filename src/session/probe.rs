@@ -2,7 +2,6 @@
 
 use super::Site;
 use super::load::make_pool;
-use crate::Result;
 use crate::bench::ceilings::{
     AllReduce, AtStart, Ceilings, DECODE_ROWS, GpuCeilings, LARGE_SUMS, RankCeilings,
 };
@@ -12,6 +11,7 @@ use crate::cpu::{Pool, ReadBuffer, STREAMS, measure_fma_rate};
 use crate::gpu::probe::{Probe, Sizes};
 use crate::gpu::{Parts, cuda::Cuda};
 use crate::world::{Group, Hello, MeetOptions};
+use crate::{Error, Result};
 use std::time::{Duration, Instant};
 
 /// Host memory that the ranks of a machine read together, in bytes: several times any last-level cache.
@@ -26,6 +26,12 @@ const SUM_S: f64 = 0.05;
 /// # Errors
 /// The first failure of any rank, on every rank.
 pub fn probe(args: &ProbeArgs) -> Result<Option<Ceilings>> {
+    if !(1..=1 << 24).contains(&args.hidden) {
+        return Err(Error::usage(format!(
+            "--hidden {}: must be 1 to 16777216",
+            args.hidden
+        )));
+    }
     let world = super::start_world(args.ranks, &args.rank)?;
     let site = Site::choose(args.device, &world);
     let hello = Hello::new(world.rank);

@@ -12,7 +12,7 @@ use minijinja::value::Serde;
 use serde_json::{Map, Value, json};
 
 use super::python;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// Steps and data (64 bytes each) that one rendering may take: thousands of messages, but a template that
 /// loops over loops ends within a second. Templates come with the model, from strangers.
@@ -155,11 +155,9 @@ fn template_files(dir: &Path) -> Result<BTreeMap<String, (PathBuf, String)>> {
     }
     let mut sources = BTreeMap::new();
     for (name, path) in files {
-        match std::fs::read_to_string(&path) {
-            Ok(source) => sources.insert(name, (path, source)),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-            Err(e) => return Err(Error::file(&path, e)),
-        };
+        if let Some(source) = files::read_text(&path)? {
+            sources.insert(name, (path, source));
+        }
     }
     Ok(sources)
 }

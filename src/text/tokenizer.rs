@@ -9,7 +9,7 @@ use tokenizers::{AddedToken, DecoderWrapper};
 use super::chat::{ChatRequest, ChatTemplates};
 use super::guard::guarded;
 use super::stream::StreamDecoder;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// Names under which `tokenizer_config.json` gives single special tokens, and chat templates read them.
 const NAMED_TOKENS: [&str; 7] = [
@@ -57,12 +57,11 @@ impl Tokenizer {
     /// A chat template that does not compile is reported by [`Self::render_chat`]: raw prompts do not need it.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::file(
+        let bytes = files::read(&path, files::LARGE)?.ok_or_else(|| {
+            Error::file(
                 &path,
                 "missing; --model wants a Hugging Face model folder with its tokenizer.json",
-            ),
-            _ => Error::file(&path, e),
+            )
         })?;
         let config_path = dir.join("tokenizer_config.json");
         let config = read_config(&config_path)?;
@@ -199,10 +198,8 @@ fn build(json: &[u8], config: &Map<String, Value>) -> Result<tokenizers::Tokeniz
 }
 
 fn read_config(path: &Path) -> Result<Map<String, Value>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(e) => return Err(Error::file(path, e)),
+    let Some(bytes) = files::read(path, files::SMALL)? else {
+        return Ok(Map::new());
     };
     serde_json::from_slice(&bytes).map_err(|e| Error::file(path, format!("not a JSON object: {e}")))
 }

@@ -1,27 +1,25 @@
 //! A checkpoint directory: which tensors there are, where they lie, and whether they are the ones that a model needs.
 
 use super::Dtype;
-use super::header::{self, MAX_HEADER, PREFIX};
-use super::text::{UniqueMap, clip, dims, first_few, quote};
-use crate::{Error, Result};
-use serde::Deserialize;
+use super::header::{self, PREFIX};
+use super::index::{nothing_to_open, read_index};
+use super::text::{dims, first_few, quote};
+use crate::{Error, Result, files};
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io::ErrorKind;
-use std::io::Read;
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// One tensor of a checkpoint; its range is checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Element type as written in the file, e.g. `BF16`.
-    pub stored_dtype: String,
+    pub stored_dtype: safetensors::Dtype,
     /// Sizes of the dimensions, outermost first.
     pub shape: Vec<usize>,
     /// Which of the checkpoint's files holds it.
@@ -35,7 +33,7 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// The element type, when it is one that tandem computes with.
     pub fn dtype(&self) -> Option<Dtype> {
-        header::weight_dtype(&self.stored_dtype)
+        header::weight_dtype(self.stored_dtype)
     }
 
     /// The shape as `[rows, cols]`: a vector of `n` counts as `[n, 1]`; `None` beyond two dimensions.
@@ -108,15 +106,20 @@ impl Shard {
 pub struct Checkpoint {
     dir: PathBuf,
     shards: Vec<Shard>,
-    tensors: BTreeMap<String, TensorInfo>,
-    fingerprint: u64,
+    pub(super) tensors: BTreeMap<String, TensorInfo>,
+    /// Tensors that the index lists and no file has: the file that it names, and what is wrong with that one, if anything.
+    absent: BTreeMap<String, (String, Option<Error>)>,
+    /// Of names, sizes and headers.
+    pub(super) fingerprint: u64,
 }
 
 impl Checkpoint {
     /// Opens `model.safetensors` in `dir`, or every file that `model.safetensors.index.json` names.
     ///
+    /// An index need not be exact: tensors are where the files have them, and one that no file has may not be needed.
+    ///
     /// # Errors
-    /// A missing, truncated or damaged file, tensors that disagree with the index, or no safetensors at all.
+    /// A truncated or damaged file, a tensor in two files, or no safetensors at all.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let about = dir.metadata().map_err(|e| Error::file(dir, e))?;
@@ -126,10 +129,10 @@ impl Checkpoint {
                 "a model is a directory, and this is a file",
             ));
         }
-        if is_there(&dir.join(SINGLE)) {
+        if files::is_there(&dir.join(SINGLE)) {
             return Self::read(dir, &[SINGLE.to_owned()], None);
         }
-        if !is_there(&dir.join(INDEX)) {
+        if !files::is_there(&dir.join(INDEX)) {
             return Err(nothing_to_open(dir));
         }
         let index = read_index(&dir.join(INDEX))?;
@@ -137,7 +140,7 @@ impl Checkpoint {
         Self::read(dir, &Vec::from_iter(files), Some(&index))
     }
 
-    /// Opens `files` (sorted) and merges their tensors, which must be those of the index.
+    /// Opens `files` (sorted) and merges their tensors.
     fn read(
         dir: &Path,
         files: &[String],
@@ -147,44 +150,45 @@ impl Checkpoint {
             dir: dir.to_owned(),
             shards: Vec::new(),
             tensors: BTreeMap::new(),
+            absent: BTreeMap::new(),
             fingerprint: FNV_OFFSET,
         };
+        let mut missing = BTreeMap::new();
         for name in files {
-            all.add_file(name, index)?;
+            let path = dir.join(name);
+            match path.metadata() {
+                // What was to be in it may not be needed.
+                Err(e) if e.kind() == ErrorKind::NotFound && index.is_some() => {
+                    let why = files::open_regular(&path).err();
+                    missing.insert(name, why);
+                }
+                _ => all.add_file(name)?,
+            }
         }
         for (tensor, file) in index.into_iter().flatten() {
             if !all.tensors.contains_key(tensor) {
-                return Err(Error::file(
-                    dir.join(file),
-                    format_args!(
-                        "tensor {} is listed here by {INDEX} but missing",
-                        quote(tensor)
-                    ),
-                ));
+                let why = missing.get(file).cloned().flatten();
+                all.absent.insert(tensor.clone(), (file.clone(), why));
             }
         }
         Ok(all)
     }
 
-    fn add_file(&mut self, name: &str, index: Option<&BTreeMap<String, String>>) -> Result<()> {
+    fn add_file(&mut self, name: &str) -> Result<()> {
         let path = self.dir.join(name);
-        let (file, about) = open_regular(&path)?;
+        let (file, about) = files::open_regular(&path)?;
         let (header, entries) =
             read_header(&file, about.len()).map_err(|e| Error::file(&path, e))?;
         for part in [name.as_bytes(), &about.len().to_le_bytes(), &header] {
             self.fingerprint = fnv1a(self.fingerprint, part);
         }
         for (tensor, entry) in entries {
-            let listed = index.map(|i| i.get(&tensor).map(String::as_str));
-            if let Some(elsewhere) = listed.filter(|&l| l != Some(name)) {
-                let place =
-                    elsewhere.map_or("not at all".to_owned(), |f| format!("in {}", quote(f)));
+            if let Some(first) = self.tensors.get(&tensor) {
+                let (first, tensor) = (self.path_of(first).file_name(), quote(&tensor));
+                let first = first.unwrap_or_default().to_string_lossy();
                 return Err(Error::file(
                     &path,
-                    format_args!(
-                        "holds tensor {}, which {INDEX} lists {place}",
-                        quote(&tensor)
-                    ),
+                    format_args!("holds tensor {tensor}, which {first} holds too"),
                 ));
             }
             let info = TensorInfo {
@@ -239,18 +243,20 @@ impl Checkpoint {
         self.tensors.values().map(|t| t.bytes).sum()
     }
 
-    /// Equal for copies of a checkpoint wherever they lie, so that ranks can compare what they opened.
-    ///
-    /// It covers file names, sizes and headers, not the data: two fine-tunes of one model may well share it.
-    pub fn fingerprint(&self) -> u64 {
-        self.fingerprint
-    }
-
     /// The tensor, or an error that names it.
     pub(super) fn require(&self, name: &str) -> Result<&TensorInfo> {
-        self.tensor(name).ok_or_else(|| {
-            Error::file(&self.dir, format_args!("tensor {} is missing", quote(name)))
-        })
+        self.tensor(name)
+            .ok_or_else(|| match self.absent.get(name) {
+                Some((_, Some(why))) => why.clone(),
+                Some((file, None)) => Error::file(
+                    self.dir.join(file),
+                    format_args!(
+                        "tensor {} is listed here by {INDEX} but missing",
+                        quote(name)
+                    ),
+                ),
+                None => Error::file(&self.dir, format_args!("tensor {} is missing", quote(name))),
+            })
     }
 
     /// The element type of a tensor that is about to be used.
@@ -259,9 +265,9 @@ impl Checkpoint {
             Error::file(
                 self.path_of(tensor),
                 format_args!(
-                    "tensor {} is {}; tandem reads BF16, F16 and F32 (quantized checkpoints are not supported)",
+                    "tensor {} is `{}`; tandem reads BF16, F16 and F32 (quantized checkpoints are not supported)",
                     quote(name),
-                    quote(&tensor.stored_dtype)
+                    tensor.stored_dtype
                 ),
             )
         })
@@ -284,27 +290,13 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Wanted tensors that are missing, of another shape or of a type that tandem does not read; and tensors that
-    /// nobody wanted, unless `may_ignore` says that leaving them out changes nothing.
+    /// nobody wanted, where `part_of_model` says that they are no mere addition.
     pub fn check(
         &self,
         wanted: &[(&str, [usize; 2])],
-        may_ignore: &dyn Fn(&str) -> bool,
+        part_of_model: &dyn Fn(&str) -> bool,
     ) -> Result<()> {
-        let missing: BTreeSet<_> = wanted
-            .iter()
-            .map(|w| w.0)
-            .filter(|name| self.tensor(name).is_none())
-            .collect();
-        if !missing.is_empty() {
-            let (n, names) = (missing.len(), first_few(missing.into_iter()));
-            return Err(Error::file(
-                &self.dir,
-                format_args!(
-                    "missing {}: {names}; does config.json belong to these weights?",
-                    tensors(n)
-                ),
-            ));
-        }
+        self.check_presence(wanted)?;
         for &(name, want) in wanted {
             let tensor = self.require(name)?;
             if tensor.matrix_shape() != Some(want) {
@@ -324,52 +316,84 @@ impl Checkpoint {
             }
             self.usable_dtype(name, tensor)?;
         }
-        let used: BTreeSet<_> = wanted.iter().map(|w| w.0).collect();
-        let extra: Vec<_> = self
-            .names()
-            .filter(|n| !used.contains(n) && !may_ignore(n))
+        match self.unwanted(wanted, part_of_model) {
+            None => Ok(()),
+            Some(names) => Err(Error::file(
+                &self.dir,
+                format_args!(
+                    "{names}: part of a model, and not read by the one that config.json describes; do they belong together?"
+                ),
+            )),
+        }
+    }
+
+    fn check_presence(&self, wanted: &[(&str, [usize; 2])]) -> Result<()> {
+        let missing: BTreeSet<_> = wanted
+            .iter()
+            .map(|w| w.0)
+            .filter(|name| self.tensor(name).is_none())
             .collect();
-        if extra.is_empty() {
+        if let Some(listed) = missing.iter().find(|name| self.absent.contains_key(**name)) {
+            self.require(listed)?;
+        }
+        if missing.is_empty() {
             return Ok(());
         }
-        let (n, names) = (extra.len(), first_few(extra.into_iter()));
+        let (n, names) = (missing.len(), first_few(missing.into_iter()));
         Err(Error::file(
             &self.dir,
             format_args!(
-                "{} that this architecture does not use: {names}; the result would be wrong without",
+                "missing {}: {names}; does config.json belong to these weights?",
                 tensors(n)
             ),
         ))
+    }
+
+    /// How many tensors nobody wanted that `counts` counts, and their first names; none where there are none. Those of a
+    /// file that is not there count too.
+    pub fn unwanted(
+        &self,
+        wanted: &[(&str, [usize; 2])],
+        counts: &dyn Fn(&str) -> bool,
+    ) -> Option<String> {
+        let used: BTreeSet<_> = wanted.iter().map(|w| w.0).collect();
+        let lost = self.absent.iter().filter(|(_, (_, why))| why.is_some());
+        let extra: Vec<_> = self
+            .names()
+            .chain(lost.map(|(name, _)| name.as_str()))
+            .filter(|n| !used.contains(n) && counts(n))
+            .collect();
+        let n = extra.len();
+        (n > 0).then(|| format!("{} ({})", tensors(n), first_few(extra.into_iter())))
+    }
+
+    /// Whether the index lists a tensor that is in none of the files because its file is not there.
+    pub fn is_listed(&self, name: &str) -> bool {
+        self.absent.get(name).is_some_and(|(_, why)| why.is_some())
+    }
+
+    /// Gives a tensor another name, which none has.
+    pub fn rename(&mut self, from: &str, to: &str) {
+        if let Some(tensor) = self.tensors.remove(from) {
+            self.tensors.insert(to.to_owned(), tensor);
+        }
+    }
+
+    /// Gives names that begin with one of `starts` a prefix, where that name is free: a part was saved by itself.
+    pub fn add_prefix(&mut self, prefix: &str, starts: &[&str]) {
+        let of_part = |name: &&String| starts.iter().any(|s| name.starts_with(s));
+        let names: Vec<String> = self.tensors.keys().filter(of_part).cloned().collect();
+        for name in names {
+            let whole = format!("{prefix}{name}");
+            if !self.tensors.contains_key(&whole) {
+                self.rename(&name, &whole);
+            }
+        }
     }
 }
 
 fn tensors(n: usize) -> String {
     format!("{n} tensor{}", if n == 1 { "" } else { "s" })
-}
-
-/// Whether a name is taken, be it by a dangling link: then the link is the error to show.
-fn is_there(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
-}
-
-/// Opens a file, through symbolic links (the Hugging Face cache is made of them); a pipe would block for ever.
-fn open_regular(path: &Path) -> Result<(File, Metadata)> {
-    let about = path.metadata().map_err(|e| match path.read_link() {
-        Ok(to) => Error::file(
-            path,
-            format_args!("links to {}: {e}; download it again", to.display()),
-        ),
-        Err(_) if e.kind() == ErrorKind::NotFound => {
-            Error::file(path, "is missing; download it again")
-        }
-        Err(_) => Error::file(path, e),
-    })?;
-    if !about.is_file() {
-        return Err(Error::file(path, "not a regular file"));
-    }
-    let file = File::open(path).map_err(|e| Error::file(path, e))?;
-    let about = file.metadata().map_err(|e| Error::file(path, e))?;
-    Ok((file, about))
 }
 
 /// The raw header and its entries.
@@ -382,85 +406,6 @@ fn read_header(file: &File, file_len: u64) -> Result<(Vec<u8>, BTreeMap<String, 
         .map_err(Error::failed)?;
     let entries = header::parse(&start, file_len)?;
     Ok((start, entries))
-}
-
-/// `weight_map` of an index: tensor name → file name, every file name plain.
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: UniqueMap<String>,
-    }
-    let (file, about) = open_regular(path)?;
-    if about.len() > MAX_HEADER {
-        let len = about.len();
-        return Err(Error::file(
-            path,
-            format_args!("{len} bytes exceed the limit of {MAX_HEADER}"),
-        ));
-    }
-    let mut json = Vec::new();
-    file.take(MAX_HEADER)
-        .read_to_end(&mut json)
-        .map_err(|e| Error::file(path, e))?;
-    let index: Index = serde_json::from_slice(&json)
-        .map_err(|e| Error::file(path, format_args!("damaged: {}", clip(&e.to_string()))))?;
-    let map = index.weight_map.0;
-    if map.is_empty() {
-        return Err(Error::file(path, "`weight_map` is empty"));
-    }
-    for (tensor, file) in &map {
-        let mut parts = Path::new(file).components();
-        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(f)), None) if f == OsStr::new(file));
-        if !plain || !file.ends_with(".safetensors") {
-            return Err(Error::file(
-                path,
-                format_args!(
-                    "tensor {} is said to lie in {}, which is not the name of a .safetensors file in this folder",
-                    quote(tensor),
-                    quote(file)
-                ),
-            ));
-        }
-    }
-    Ok(map)
-}
-
-/// Why a directory without `model.safetensors` and index cannot be loaded, and what to do about it.
-fn nothing_to_open(dir: &Path) -> Error {
-    let names: Vec<String> = match dir.read_dir() {
-        Ok(entries) => entries
-            .flatten()
-            .map(|e| e.file_name().to_string_lossy().into_owned())
-            .collect(),
-        Err(e) => return Error::file(dir, e),
-    };
-    let any = |ends: &[&str]| {
-        names
-            .iter()
-            .any(|n| ends.iter().any(|end| n.ends_with(end)))
-    };
-    if any(&[".safetensors"]) {
-        Error::file(
-            dir,
-            format_args!("has .safetensors files but no {INDEX}; download that too"),
-        )
-    } else if any(&[".bin", ".pt", ".pth", ".bin.index.json"]) {
-        Error::file(
-            dir,
-            "has PyTorch weights only, which can run code when read; convert them to safetensors \
-             (transformers: `save_pretrained(dir, safe_serialization=True)`)",
-        )
-    } else if any(&[".gguf"]) {
-        Error::file(
-            dir,
-            "has GGUF weights only; download the model's safetensors instead",
-        )
-    } else {
-        Error::file(
-            dir,
-            format_args!("no weights here: neither {SINGLE} nor {INDEX}"),
-        )
-    }
 }
 
 /// Start value of [`fnv1a`].

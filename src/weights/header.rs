@@ -1,13 +1,16 @@
 //! The safetensors header: parsed and checked as bytes from a stranger.
 //!
 //! A file is an 8-byte little-endian length, that many bytes of JSON (tensor name → dtype, shape and byte range),
-//! then the data. The format: <https://github.com/huggingface/safetensors#format>. Checked here is all that the header
-//! alone can prove wrong, so that whoever uses the result can compute offsets without checking again.
+//! then the data. The format: <https://github.com/huggingface/safetensors#format>. The crate of that name, the reference,
+//! reads each entry and holds ranges against dtypes and shapes; it has to have a whole file in memory for what is left, so
+//! the length, names that come twice and the end of the file are looked at here. Checked is all that the header alone can
+//! prove wrong, so that whoever uses the result can compute offsets without checking again.
 
 use super::Dtype;
 use super::text::{UniqueMap, clip, dims, quote};
 use crate::{Error, Result};
-use serde::Deserialize;
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Dtype as Stored, Metadata, TensorInfo};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -21,43 +24,21 @@ pub const PREFIX: u64 = 8;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Element type as written, e.g. `BF16`; types that tandem cannot compute with are listed too.
-    pub dtype: String,
+    pub dtype: Stored,
     /// Sizes of the dimensions, outermost first; empty for a scalar.
     pub shape: Vec<usize>,
     /// Where its bytes lie in the file (not in the data section).
     pub bytes: Range<u64>,
 }
 
-/// The element type of this name, when it is one that tandem computes with.
-pub fn weight_dtype(name: &str) -> Option<Dtype> {
-    match name {
-        "BF16" => Some(Dtype::Bf16),
-        "F16" => Some(Dtype::F16),
-        "F32" => Some(Dtype::F32),
+/// The element type, when it is one that tandem computes with.
+pub fn weight_dtype(stored: Stored) -> Option<Dtype> {
+    match stored {
+        Stored::BF16 => Some(Dtype::Bf16),
+        Stored::F16 => Some(Dtype::F16),
+        Stored::F32 => Some(Dtype::F32),
         _ => None,
     }
-}
-
-/// Bits of one element; `None` for a type that this version does not know.
-fn bits(dtype: &str) -> Option<u64> {
-    Some(match dtype {
-        "F4" => 4,
-        "F6_E2M3" | "F6_E3M2" => 6,
-        "BOOL" | "U8" | "I8" => 8,
-        "F8_E5M2" | "F8_E4M3" | "F8_E8M0" | "F8_E4M3FNUZ" | "F8_E5M2FNUZ" => 8,
-        "I16" | "U16" | "F16" | "BF16" => 16,
-        "I32" | "U32" | "F32" => 32,
-        "I64" | "U64" | "F64" | "C64" => 64,
-        _ => return None,
-    })
-}
-
-/// A tensor as written in the JSON; the offsets count from the end of the header.
-#[derive(Deserialize)]
-struct Raw {
-    dtype: String,
-    shape: Vec<usize>,
-    data_offsets: (u64, u64),
 }
 
 /// The length of the JSON from the first bytes of a file of `file_len` bytes.
@@ -93,7 +74,7 @@ pub fn json_len(start: &[u8], file_len: u64) -> Result<u64> {
 /// Parses the header at the start of a file of `file_len` bytes; `start` must reach to the end of the header.
 ///
 /// Every returned range lies inside the file, has the length that dtype and shape ask for, and together the ranges
-/// cover the data section without hole or overlap. (The length of a type unknown to this version is taken on trust.)
+/// cover the data section without hole or overlap.
 ///
 /// # Errors
 /// One line naming the tensor at fault; the caller adds the file.
@@ -104,87 +85,81 @@ pub fn parse(start: &[u8], file_len: u64) -> Result<BTreeMap<String, Entry>> {
         .ok()
         .and_then(|end| start.get(PREFIX as usize..end))
         .ok_or_else(|| Error::failed("the header was not read to its end"))?;
-    let top: UniqueMap<Raw> = serde_json::from_slice(json).map_err(|e| {
+    let top: UniqueMap<TensorInfo> = serde_json::from_slice(json).map_err(|e| {
         Error::failed(format_args!(
             "the header is damaged: {}",
             clip(&e.to_string())
         ))
     })?;
-    let mut tensors = BTreeMap::new();
-    for (name, raw) in top.0 {
-        let entry = entry(raw, data)
-            .map_err(|what| Error::failed(format_args!("tensor {}: {what}", quote(&name))))?;
-        tensors.insert(name, entry);
+    let mut tensors = Vec::from_iter(top.0);
+    tensors.sort_by_key(|(_, t)| t.data_offsets);
+    for (name, tensor) in &tensors {
+        check_alone(tensor)
+            .map_err(|what| Error::failed(format_args!("tensor {}: {what}", quote(name))))?;
     }
-    check_cover(&tensors, data, file_len)?;
-    Ok(tensors)
+    let names: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
+    let metadata = Metadata::new(None, tensors).map_err(|e| Error::failed(cover(&e)))?;
+    let mut entries = BTreeMap::new();
+    for name in names {
+        let Some(tensor) = metadata.info(&name) else {
+            continue;
+        };
+        // The ranges begin at 0 and follow each other, so the longest sum is that of the last one's end.
+        let place = |offset: usize| data.checked_add(offset as u64).filter(|&at| at <= file_len);
+        let (from, to) = tensor.data_offsets;
+        let (Some(from), Some(to)) = (place(from), place(to)) else {
+            let there = file_len - data;
+            return Err(Error::failed(format_args!(
+                "truncated at tensor {}: {} bytes of data are there, the header speaks of {}; download it again",
+                quote(&name),
+                there,
+                metadata.data_len()
+            )));
+        };
+        let entry = Entry {
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            bytes: from..to,
+        };
+        entries.insert(name, entry);
+    }
+    let rest = (file_len - data).saturating_sub(metadata.data_len() as u64);
+    match rest {
+        0 => Ok(entries),
+        _ => Err(Error::failed(format_args!(
+            "{rest} bytes at the end belong to no tensor"
+        ))),
+    }
 }
 
-/// One tensor, its byte range moved to file offsets and held against dtype and shape.
-fn entry(raw: Raw, data: u64) -> Result<Entry, String> {
-    let (begin, end) = raw.data_offsets;
-    let bytes = match (data.checked_add(begin), data.checked_add(end)) {
-        (Some(from), Some(to)) if from <= to => from..to,
-        _ => return Err(format!("data_offsets [{begin}, {end}] are not a range")),
+/// Holds one tensor's range against its dtype and shape; the crate's own errors do not say which tensor they are about.
+fn check_alone(tensor: &TensorInfo) -> Result<(), String> {
+    let (begin, end) = tensor.data_offsets;
+    let Some(len) = end.checked_sub(begin) else {
+        return Err(format!("data_offsets [{begin}, {end}] are not a range"));
     };
-    let elements = raw
-        .shape
-        .iter()
-        .try_fold(1u64, |n, &d| n.checked_mul(d as u64));
-    if let Some(bits) = bits(&raw.dtype) {
-        let want = elements
-            .and_then(|n| n.checked_mul(bits))
-            .ok_or_else(|| format!("shape {} overflows", dims(&raw.shape)))?;
-        if want % 8 != 0 || want / 8 != end - begin {
-            return Err(format!(
-                "{} {} needs {} bytes, data_offsets [{begin}, {end}] give {}",
-                raw.dtype,
-                dims(&raw.shape),
-                want.div_ceil(8),
-                end - begin
-            ));
-        }
+    let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
+    let alone = TensorInfo {
+        dtype,
+        shape,
+        data_offsets: (0, len),
+    };
+    match Metadata::new(None, vec![(String::new(), alone)]) {
+        Ok(_) => Ok(()),
+        Err(e) => Err(format!(
+            "{dtype} {} in {len} bytes: {e}",
+            dims(&tensor.shape)
+        )),
     }
-    Ok(Entry {
-        dtype: raw.dtype,
-        shape: raw.shape,
-        bytes,
-    })
 }
 
-/// The ranges must tile the data section, from its first byte to the last of the file.
-fn check_cover(tensors: &BTreeMap<String, Entry>, data: u64, file_len: u64) -> Result<()> {
-    let mut order: Vec<_> = tensors.iter().collect();
-    order.sort_by_key(|(_, t)| (t.bytes.start, t.bytes.end));
-    let end = order.last().map_or(data, |(_, t)| t.bytes.end);
-    let (mut at, mut before) = (data, "the header".to_owned());
-    for (name, t) in order {
-        let (from, name) = (t.bytes.start, quote(name));
-        if from < at {
-            let by = at - from;
-            return Err(Error::failed(format_args!(
-                "tensor {name} overlaps {before} by {by} bytes"
-            )));
-        }
-        if from > at {
-            let hole = from - at;
-            return Err(Error::failed(format_args!(
-                "{hole} bytes between {before} and tensor {name} belong to no tensor"
-            )));
-        }
-        if t.bytes.end > file_len {
-            let missing = end - file_len;
-            return Err(Error::failed(format_args!(
-                "truncated at tensor {name}: {missing} of {end} bytes are missing; download it again"
-            )));
-        }
-        (at, before) = (t.bytes.end, name);
+/// What is wrong with ranges that are right one by one.
+fn cover(e: &SafeTensorError) -> String {
+    match e {
+        SafeTensorError::InvalidOffset(name) => format!(
+            "tensor {} does not begin where the one before it ends: a hole, or an overlap",
+            quote(name)
+        ),
+        other => clip(&other.to_string()),
     }
-    if at < file_len {
-        let rest = file_len - at;
-        return Err(Error::failed(format_args!(
-            "{rest} bytes after {before} belong to no tensor"
-        )));
-    }
-    Ok(())
 }

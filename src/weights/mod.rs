@@ -5,8 +5,10 @@
 
 mod arena;
 mod checkpoint;
+mod data;
 mod dtype;
 pub mod header;
+mod index;
 mod load;
 mod pieces;
 mod random;

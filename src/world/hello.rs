@@ -13,8 +13,10 @@ pub struct Hello {
     pub rank: usize,
     /// Its crate version.
     pub version: String,
-    /// Hash of the model's files and of the arguments that must be the same everywhere.
+    /// Hash of the model's configuration and of the arguments that must be the same everywhere.
     pub fingerprint: u64,
+    /// Hash of the weights' headers and of samples of their data.
+    pub weights: u64,
     /// Host name.
     pub host: String,
     /// Process id.
@@ -42,6 +44,7 @@ impl Hello {
             rank,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             fingerprint: 0,
+            weights: 0,
             host: host_name(),
             pid: std::process::id(),
             cpus: allowed_cpus(),
@@ -142,6 +145,13 @@ pub(super) fn check(hellos: &[Hello]) -> Result<()> {
                 hello.rank, hello.host, first.host
             )));
         }
+        if hello.weights != first.weights {
+            return Err(Error::failed(format!(
+                "rank {} ({}) has other weights than rank 0 ({}) under the same --model: \
+                 give every rank the same .safetensors files",
+                hello.rank, hello.host, first.host
+            )));
+        }
     }
     let mut gpus = BTreeMap::new();
     for hello in hellos {
@@ -235,6 +245,13 @@ mod tests {
         let error = check(&other).unwrap_err().to_string();
         assert!(
             error.starts_with("rank 2 (") && error.contains("another model"),
+            "{error}"
+        );
+        let mut other = hellos(3);
+        other[1].weights = 7;
+        let error = check(&other).unwrap_err().to_string();
+        assert!(
+            error.starts_with("rank 1 (") && error.contains("other weights"),
             "{error}"
         );
         let mut other = hellos(2);

@@ -6,6 +6,7 @@ mod commands;
 mod failures;
 mod forward;
 mod memory;
+mod model_folder;
 mod sampling;
 mod smollm2;
 mod support;

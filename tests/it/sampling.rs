@@ -37,7 +37,7 @@ fn probabilities_are_those_of_transformers() {
             top_p: setting("top_p", 1.0),
             min_p: setting("min_p", 0.0),
             repetition_penalty: setting("repetition_penalty", 1.0),
-            seed: 0,
+            ..SamplingParams::greedy()
         };
         let history: Vec<u32> = numbers(&case["history"])
             .iter()

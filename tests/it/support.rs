@@ -133,9 +133,9 @@ pub fn on_ranks<T: Send>(
         let ranks: Vec<_> = (connections.drain(..).enumerate())
             .map(|(rank, comm)| {
                 scope.spawn(move || {
-                    let config = ModelConfig::from_dir(dir).unwrap();
-                    let checkpoint = Checkpoint::open(dir).unwrap();
-                    let dtype = check_tensors(&config, &checkpoint).unwrap();
+                    let mut config = ModelConfig::from_dir(dir).unwrap();
+                    let mut checkpoint = Checkpoint::open(dir).unwrap();
+                    let dtype = check_tensors(&mut config, &mut checkpoint).unwrap();
                     let shard = Shard::new(&config, tp_size, rank);
                     let pool = Pool::sharing(&affinity_cpus()).unwrap();
                     let place = Place {

@@ -192,6 +192,7 @@ fn a_device_draws_what_the_host_would() {
         min_p,
         repetition_penalty,
         seed,
+        ..SamplingParams::greedy()
     };
     let sampling = [
         params(0.7, 20, 0.8, 0.0, 1.05, 1),

@@ -160,9 +160,9 @@ impl Rank {
         limits: Limits,
         host: Host,
     ) -> Result<Rank> {
-        let config = ModelConfig::from_dir(dir)?;
-        let checkpoint = Checkpoint::open(dir)?;
-        let dtype = check_tensors(&config, &checkpoint)?;
+        let mut config = ModelConfig::from_dir(dir)?;
+        let mut checkpoint = Checkpoint::open(dir)?;
+        let dtype = check_tensors(&mut config, &mut checkpoint)?;
         let shard = Shard::new(&config, tp_size, tp_rank);
         load_rank(
             &config,
