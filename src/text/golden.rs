@@ -55,7 +55,7 @@ pub(super) fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
 pub(super) fn load_with(files: &[(&str, &str)]) -> crate::Result<Tokenizer> {
     let json = byte_tokenizer_json().to_string();
     let dir = folder(&[files, &[("tokenizer.json", &json)]].concat());
-    Tokenizer::load(dir.path())
+    Tokenizer::load(dir.path(), usize::MAX)
 }
 
 pub(super) fn byte_tokenizer() -> Tokenizer {
@@ -211,7 +211,7 @@ fn check_chats(tokenizer: &Tokenizer, golden: &Value) {
 }
 
 fn check_model(folder: &str, file: &str) {
-    let tokenizer = Tokenizer::load(&asset(folder)).unwrap();
+    let tokenizer = Tokenizer::load(&asset(folder), usize::MAX).unwrap();
     let golden = golden(file);
     assert_eq!(
         tokenizer.vocab_size() as u64,
@@ -245,7 +245,7 @@ fn assets_qwen2_5_is_what_transformers_answers() {
 #[test]
 #[ignore = "needs TANDEM_TEST_ASSETS"]
 fn assets_a_very_long_conversation_is_rendered() {
-    let tokenizer = Tokenizer::load(&asset("qwen3-tokenizer")).unwrap();
+    let tokenizer = Tokenizer::load(&asset("qwen3-tokenizer"), usize::MAX).unwrap();
     let turn = |role: &str| json!({"role": role, "content": "all work and no play ".repeat(50)});
     let messages = (0..4000)
         .map(|i| turn(["user", "assistant"][i % 2]))

@@ -4,6 +4,8 @@
 //! (or [`Tokenizer::encode`] for a raw prompt) → the model → [`StreamDecoder`] → [`StopMatcher`] → the terminal.
 //! The reference for all of it is Python transformers; `tests/golden/text` holds what that one answers.
 
+mod added;
+mod bounds;
 mod chat;
 mod guard;
 mod python;
