@@ -8,7 +8,9 @@ mod added;
 mod bounds;
 mod chat;
 mod guard;
+mod jinja;
 mod python;
+mod renderer;
 mod stop;
 mod stream;
 mod tokenizer;
@@ -17,6 +19,7 @@ mod tokenizer;
 mod golden;
 
 pub use chat::ChatRequest;
+pub use renderer::serve_if_asked;
 pub use stop::{StopMatcher, StopStep};
 pub use stream::StreamDecoder;
 pub use tokenizer::Tokenizer;
