@@ -270,7 +270,17 @@ fn assets_smollm2_is_what_transformers_answers() {
 /// Small templates, one for each thing that chat templates use; no assets needed.
 #[test]
 fn templates_render_as_in_transformers() {
-    let golden = golden("jinja.json");
+    check_templates("jinja.json");
+}
+
+/// Expressions of Python and Jinja2 that few templates use.
+#[test]
+fn expressions_are_what_python_makes_of_them() {
+    check_templates("python.json");
+}
+
+fn check_templates(file: &str) {
+    let golden = golden(file);
     let messages = golden["messages"].as_array().unwrap();
     let context = golden["context"].as_object().unwrap();
     let extra = context

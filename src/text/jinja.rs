@@ -3,7 +3,7 @@
 use minijinja::Environment;
 use minijinja::syntax::SyntaxConfig;
 
-use super::python;
+use super::{percent, python};
 
 /// Steps and data (64 bytes each) that one rendering may take: thousands of messages, but a template that
 /// loops over loops ends within a second. Templates come with the model, from strangers.
@@ -22,7 +22,7 @@ pub(super) fn environment(source: &str) -> Result<Environment<'static>, minijinj
     );
     environment.set_fuel(Some(FUEL));
     python::install(&mut environment);
-    let source = without_generation_tags(&unix_newlines(source));
+    let source = percent::rewrite(&without_generation_tags(&unix_newlines(source)));
     environment.add_template_owned(TEMPLATE, source)?;
     Ok(environment)
 }

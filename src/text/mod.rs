@@ -7,8 +7,11 @@
 mod added;
 mod bounds;
 mod chat;
+mod filters;
 mod guard;
 mod jinja;
+mod methods;
+mod percent;
 mod python;
 mod renderer;
 mod stop;
