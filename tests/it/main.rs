@@ -4,6 +4,7 @@ mod bench;
 mod commands;
 mod failures;
 mod forward;
+mod hostile;
 mod memory;
 mod sampling;
 mod smollm2;
