@@ -8,6 +8,9 @@ use tandem::world::{World, WorldFlags};
 use tandem::{Error, commands, logging};
 
 fn main() -> ExitCode {
+    if let Some(code) = tandem::text::serve_if_asked() {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return not_understood(&e),

@@ -23,7 +23,7 @@ const DEFAULT_CONTEXT: usize = 8192;
 pub fn run(args: ChatArgs) -> Result<()> {
     let read = |dir: &Path, config: &ModelConfig| -> Result<(Demand, (Tokenizer, Sampling))> {
         let sampling = Sampling::new(&args.sampling, &GenerationConfig::from_dir(dir)?)?;
-        let tokenizer = Tokenizer::load(dir)?;
+        let tokenizer = Tokenizer::load(dir, config.vocab_size)?;
         if !tokenizer.has_chat_template() {
             return Err(Error::file(
                 dir,
@@ -85,10 +85,13 @@ impl Chat<'_> {
                 "" => {}
                 "/exit" | "/quit" => return Ok(()),
                 "/reset" => self.reset(),
-                message => match self.turn(engine, message) {
-                    // A message that is too long must not end the talk.
-                    Err(e @ Error::Usage(_)) => logging::say(e),
-                    other => other?,
+                message => match self.prompt(engine.context(), message) {
+                    Ok(prompt) => self.turn(engine, prompt)?,
+                    // What cannot be asked must neither end the talk nor stay in it.
+                    Err(e) => {
+                        self.messages.pop();
+                        logging::say(e);
+                    }
                 },
             }
         }
@@ -102,8 +105,8 @@ impl Chat<'_> {
         }
     }
 
-    /// One question and its answer; the conversation keeps both, or neither when the question does not fit.
-    fn turn(&mut self, engine: &mut Engine<'_>, message: &str) -> Result<()> {
+    /// The conversation with one more message, in tokens.
+    fn prompt(&mut self, context: usize, message: &str) -> Result<Vec<u32>> {
         self.messages
             .push(json!({"role": "user", "content": message}));
         let rendered = self.tokenizer.render_chat(&ChatRequest {
@@ -113,15 +116,21 @@ impl Chat<'_> {
             extra: &thinking(self.args.enable_thinking),
         })?;
         let prompt = self.tokenizer.encode_chat(&rendered)?;
-        let room = engine.context().saturating_sub(prompt.len());
-        if room == 0 {
-            self.messages.pop();
+        if prompt.is_empty() {
+            return Err(Error::failed("the chat template makes no text of it"));
+        }
+        if prompt.len() >= context {
             return Err(Error::usage(format!(
-                "the conversation's {} tokens fill the context of {}: /reset, or start with a larger --context",
-                prompt.len(),
-                engine.context()
+                "the conversation's {} tokens fill the context of {context}: /reset, or start with a larger --context",
+                prompt.len()
             )));
         }
+        Ok(prompt)
+    }
+
+    /// The answer to a prompt, which the conversation keeps.
+    fn turn(&mut self, engine: &mut Engine<'_>, prompt: Vec<u32>) -> Result<()> {
+        let room = engine.context().saturating_sub(prompt.len());
         let longest = self.sampling.default_max_tokens(prompt.len());
         let start = Instant::now();
         let mut generation = Generation::new(

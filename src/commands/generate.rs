@@ -47,7 +47,7 @@ fn prepare(args: &GenerateArgs, dir: &Path, config: &ModelConfig) -> Result<(Dem
             (None, (0..args.batch).map(job).collect())
         }
         None => {
-            let tokenizer = tokenizer(dir)?;
+            let tokenizer = tokenizer(dir, config.vocab_size)?;
             let jobs = jobs(args, &tokenizer, config.vocab_size)?;
             (tokenizer.ok(), jobs)
         }
@@ -110,8 +110,8 @@ fn longest_answer(
 }
 
 /// The tokenizer, or why there is none: prompts that are token ids can do without.
-fn tokenizer(dir: &Path) -> Result<Result<Tokenizer>> {
-    match Tokenizer::load(dir) {
+fn tokenizer(dir: &Path, vocab_size: usize) -> Result<Result<Tokenizer>> {
+    match Tokenizer::load(dir, vocab_size) {
         Err(e) if dir.join("tokenizer.json").exists() => Err(e),
         Err(_) if !dir.exists() => Ok(Err(Error::file(
             dir,

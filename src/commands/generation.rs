@@ -179,14 +179,18 @@ impl Generation {
         self.tokens.push(event.token);
         self.logprobs.push(event.logprob);
         let mut decoded = String::new();
+        let mut special = None;
         if let Some(decoder) = &mut self.decoder {
+            special = decoder.left_out(event.token);
             decoded += &decoder.push(event.token);
             if event.finish.is_some() {
                 decoded += &decoder.finish();
             }
         }
-        let step = self.stop.push(&decoded);
-        let mut text = step.text;
+        let before = self.stop.push_hidden(&special.unwrap_or_default());
+        let mut step = self.stop.push(&decoded);
+        step.matched = before.matched.or(step.matched);
+        let mut text = before.text + &step.text;
         let finish = if step.matched.is_some() {
             Some(FinishReason::Stop)
         } else {

@@ -7,7 +7,7 @@
 use super::protocol::{Entry, NewSequence, SeqId, StepPlan};
 use super::replica::Sampled;
 use super::sampler::SamplingParams;
-use crate::model::{BlockPool, KV_BLOCK};
+use crate::model::{BlockPool, CHOSEN, KV_BLOCK};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -68,6 +68,7 @@ pub struct Scheduler {
     max_step_tokens: usize,
     max_seqs: usize,
     context: usize,
+    vocab_size: usize,
     waiting: VecDeque<(SeqId, Request)>,
     running: Vec<Running>,
     dropped: Vec<SeqId>,
@@ -82,6 +83,7 @@ impl Scheduler {
             max_step_tokens,
             max_seqs: max_seqs.min(max_step_tokens),
             context,
+            vocab_size: CHOSEN as usize,
             waiting: VecDeque::new(),
             running: Vec::new(),
             dropped: Vec::new(),
@@ -89,10 +91,17 @@ impl Scheduler {
         }
     }
 
+    /// Refuses ids without a row in an embedding of `vocab_size` rows: a backend would read past its end.
+    pub fn with_vocab_size(mut self, vocab_size: usize) -> Self {
+        self.vocab_size = vocab_size.min(CHOSEN as usize);
+        self
+    }
+
     /// Queues a request.
     ///
     /// # Errors
-    /// An empty prompt, one that does not fit the context, or a request larger than the whole cache.
+    /// An empty prompt, one that does not fit the context, a request larger than the whole cache, or an id without a row
+    /// in the embedding.
     pub fn submit(&mut self, mut request: Request) -> Result<SeqId> {
         let (prompt, answer) = (request.prompt.len(), request.max_tokens);
         if prompt == 0 {
@@ -102,6 +111,16 @@ impl Scheduler {
         }
         if answer == 0 {
             return Err(Error::usage("--max-tokens 0: at least 1"));
+        }
+        if let Some(id) = request
+            .prompt
+            .iter()
+            .find(|&&id| id as usize >= self.vocab_size)
+        {
+            return Err(Error::failed(format!(
+                "internal error: token {id} of the prompt is not below the {} rows of the embedding",
+                self.vocab_size
+            )));
         }
         let total = prompt.saturating_add(answer);
         if total > self.context {
@@ -324,6 +343,23 @@ mod tests {
             (plan.dropped.clone(), entries(&plan)),
             (vec![b, a], vec![(c, 2)])
         );
+    }
+
+    #[test]
+    fn an_id_without_a_row_is_refused_and_so_is_one_that_means_a_chosen_token() {
+        let with = |ids: &[u32]| Request {
+            prompt: ids.to_vec(),
+            ..request(1, 1)
+        };
+        let mut s = Scheduler::new(4, 64, 4, 64);
+        assert!(s.submit(with(&[1, CHOSEN])).is_err());
+        let mut s = s.with_vocab_size(300);
+        let line = s.submit(with(&[1, 300])).unwrap_err().to_string();
+        assert!(
+            line.contains("token 300") && line.contains("300 rows"),
+            "{line}"
+        );
+        s.submit(with(&[299])).unwrap();
     }
 
     #[test]

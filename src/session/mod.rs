@@ -213,7 +213,8 @@ fn prepare<W>(
         plan.max_step_tokens,
         plan.request.max_seqs,
         demand.context,
-    );
+    )
+    .with_vocab_size(model.config.vocab_size);
     let report = Report {
         load_s: start.elapsed().as_secs_f64(),
         ranks: report(group, &plan),

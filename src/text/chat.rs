@@ -6,17 +6,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use minijinja::Environment;
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
 use serde_json::{Map, Value, json};
 
-use super::python;
+use super::renderer::{Renderer, Rendering};
 use crate::{Error, Result, files};
-
-/// Steps and data (64 bytes each) that one rendering may take: thousands of messages, but a template that
-/// loops over loops ends within a second. Templates come with the model, from strangers.
-const FUEL: u64 = 20_000_000;
 
 /// Where a message's reasoning may stand; the first is what templates read.
 const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
@@ -41,13 +34,13 @@ pub(super) struct ChatTemplates {
     by_name: BTreeMap<String, ChatTemplate>,
     /// `bos_token` and its like, for the template.
     special_tokens: Map<String, Value>,
+    renderer: Renderer,
 }
 
 struct ChatTemplate {
     /// The file that holds it.
     path: PathBuf,
-    /// Compiled, or why it does not compile.
-    environment: Result<Environment<'static>>,
+    source: String,
 }
 
 impl ChatTemplates {
@@ -64,18 +57,17 @@ impl ChatTemplates {
                 .map_err(|what| Error::file(config_path, format!("chat_template: {what}")))?;
             sources.extend(named.map(|(name, text)| (name, (config_path.to_owned(), text))));
         }
-        let compile = |(name, (path, source)): (String, (PathBuf, String))| {
-            let environment = environment(&source)
-                .map_err(|e| Error::file(&path, format!("chat template: {}", describe(&e))));
-            (name, ChatTemplate { path, environment })
-        };
+        let by_name = sources
+            .into_iter()
+            .map(|(name, (path, source))| (name, ChatTemplate { path, source }));
         let special_tokens = special_tokens
             .iter()
             .map(|&(k, v)| (k.to_owned(), v.into()));
         Ok(Self {
             dir: dir.to_owned(),
-            by_name: sources.into_iter().map(compile).collect(),
+            by_name: by_name.collect(),
             special_tokens: special_tokens.collect(),
+            renderer: Renderer::default(),
         })
     }
 
@@ -110,11 +102,16 @@ impl ChatTemplates {
             request.add_generation_prompt.into(),
         );
 
-        let environment = template.environment.as_ref().map_err(Clone::clone)?;
-        environment
-            .get_template(TEMPLATE)
-            .and_then(|t| t.render(Serde(&context)))
-            .map_err(|e| Error::file(&template.path, format!("chat template: {}", describe(&e))))
+        let rendering = Rendering {
+            source: template.source.clone(),
+            variables: context
+                .into_iter()
+                .map(|(name, value)| (name, value.to_string()))
+                .collect(),
+        };
+        self.renderer
+            .render(&rendering)
+            .map_err(|what| Error::file(&template.path, format!("chat template: {what}")))
     }
 
     /// With tools, a template called `tool_use` comes before `default`.
@@ -202,69 +199,6 @@ fn prepare_message(message: &Value) -> Result<Value> {
         prepared.insert(REASONING_FIELDS[0].into(), reasoning.clone());
     }
     Ok(prepared.into())
-}
-
-/// The name of the one template in its environment; no ending of a file, hence no escaping of HTML.
-const TEMPLATE: &str = "chat template";
-
-fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
-    let mut environment = Environment::new();
-    environment.set_syntax(
-        SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()?,
-    );
-    environment.set_fuel(Some(FUEL));
-    python::install(&mut environment);
-    environment.add_template_owned(TEMPLATE, without_generation_tags(&unix_newlines(source)))?;
-    Ok(environment)
-}
-
-/// Jinja reads a template's own line ends as `\n`.
-fn unix_newlines(source: &str) -> String {
-    source.replace("\r\n", "\n").replace('\r', "\n")
-}
-
-/// `{% generation %}` marks the assistant's text for training; for rendering it is only a scope.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(open) = rest.find("{%") {
-        let Some(len) = rest[open..].find("%}") else {
-            break;
-        };
-        let tag = &rest[open..open + len];
-        let name = tag[2..]
-            .trim_start_matches(['-', '+'])
-            .trim_end_matches(['-', '+'])
-            .trim();
-        out.push_str(&rest[..open]);
-        match name {
-            "generation" | "endgeneration" => out.push_str(&tag.replace("generation", "with")),
-            _ => out.push_str(tag),
-        }
-        rest = &rest[open + len..];
-    }
-    out + rest
-}
-
-/// What the template itself says (`raise_exception`), or what is wrong in which of its lines.
-fn describe(error: &minijinja::Error) -> String {
-    let line = error
-        .line()
-        .map(|n| format!("line {n}: "))
-        .unwrap_or_default();
-    match error.detail() {
-        _ if error.kind() == minijinja::ErrorKind::OutOfFuel => {
-            "it does not come to an end (more than 20 million steps)".to_owned()
-        }
-        Some(detail) if error.kind() == minijinja::ErrorKind::InvalidOperation => {
-            format!("{line}{detail}")
-        }
-        Some(detail) => format!("{line}{}: {detail}", error.kind()),
-        None => format!("{line}{}", error.kind()),
-    }
 }
 
 #[cfg(test)]

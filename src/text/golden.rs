@@ -55,7 +55,7 @@ pub(super) fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
 pub(super) fn load_with(files: &[(&str, &str)]) -> crate::Result<Tokenizer> {
     let json = byte_tokenizer_json().to_string();
     let dir = folder(&[files, &[("tokenizer.json", &json)]].concat());
-    Tokenizer::load(dir.path())
+    Tokenizer::load(dir.path(), usize::MAX)
 }
 
 pub(super) fn byte_tokenizer() -> Tokenizer {
@@ -211,7 +211,7 @@ fn check_chats(tokenizer: &Tokenizer, golden: &Value) {
 }
 
 fn check_model(folder: &str, file: &str) {
-    let tokenizer = Tokenizer::load(&asset(folder)).unwrap();
+    let tokenizer = Tokenizer::load(&asset(folder), usize::MAX).unwrap();
     let golden = golden(file);
     assert_eq!(
         tokenizer.vocab_size() as u64,
@@ -245,7 +245,7 @@ fn assets_qwen2_5_is_what_transformers_answers() {
 #[test]
 #[ignore = "needs TANDEM_TEST_ASSETS"]
 fn assets_a_very_long_conversation_is_rendered() {
-    let tokenizer = Tokenizer::load(&asset("qwen3-tokenizer")).unwrap();
+    let tokenizer = Tokenizer::load(&asset("qwen3-tokenizer"), usize::MAX).unwrap();
     let turn = |role: &str| json!({"role": role, "content": "all work and no play ".repeat(50)});
     let messages = (0..4000)
         .map(|i| turn(["user", "assistant"][i % 2]))
@@ -270,7 +270,17 @@ fn assets_smollm2_is_what_transformers_answers() {
 /// Small templates, one for each thing that chat templates use; no assets needed.
 #[test]
 fn templates_render_as_in_transformers() {
-    let golden = golden("jinja.json");
+    check_templates("jinja.json");
+}
+
+/// Expressions of Python and Jinja2 that few templates use.
+#[test]
+fn expressions_are_what_python_makes_of_them() {
+    check_templates("python.json");
+}
+
+fn check_templates(file: &str) {
+    let golden = golden(file);
     let messages = golden["messages"].as_array().unwrap();
     let context = golden["context"].as_object().unwrap();
     let extra = context

@@ -3,6 +3,8 @@
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 thread_local! {
     /// Panics of this thread are being caught and will be reported as errors.
@@ -31,5 +33,26 @@ pub(super) fn guarded<T>(f: impl FnOnce() -> T) -> Result<T, String> {
         let text = panic.downcast_ref::<&str>().copied();
         let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
         text.unwrap_or("unknown failure").to_owned()
+    })
+}
+
+/// Runs `f` as [`guarded`] does, and gives up waiting for it after `patience`.
+///
+/// The thread that is given up ends with the program: nothing can stop a regular expression from outside.
+pub(super) fn in_time<T: Send + 'static>(
+    patience: Duration,
+    f: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    let (send, receive) = channel();
+    std::thread::Builder::new()
+        .name("tokenizer".into())
+        .spawn(move || send.send(guarded(f)))
+        .map_err(|e| format!("cannot start a thread: {e}"))?;
+    receive.recv_timeout(patience).unwrap_or_else(|e| match e {
+        RecvTimeoutError::Timeout => Err(format!(
+            "its rules take more than {:.0} seconds",
+            patience.as_secs_f64()
+        )),
+        RecvTimeoutError::Disconnected => Err("its thread ended".into()),
     })
 }

@@ -1,31 +1,32 @@
-//! What chat templates expect of Python: `json.dumps`, `str` methods, `strftime`, Jinja2's own tests and filters.
+//! What chat templates expect of Python: how values are printed, `json.dumps`, `strftime`, Jinja2's own tests.
 //!
-//! minijinja and its `pycompat` come close; this holds what differs where a template can see it.
+//! minijinja and its `pycompat` come close; this, `methods`, `filters` and `percent` hold what differs where a template
+//! can see it.
 
 use std::borrow::Cow;
 
-use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
-use minijinja::{Environment, Error, ErrorKind, State, Value, escape_formatter};
-use minijinja_contrib::pycompat::unknown_method_callback;
+use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, Value, escape_formatter};
+
+use super::{filters, methods};
 
 /// Deepest nesting that `tojson` follows.
 const MAX_DEPTH: usize = 200;
 
 /// Adds all of it to a template's environment.
 pub(super) fn install(environment: &mut Environment<'static>) {
-    environment.set_unknown_method_callback(method);
-    environment.set_formatter(|out, state, value| match float(value) {
-        Some(float) => Ok(out.write_str(&float_repr(float))?),
-        None => escape_formatter(out, state, value),
+    environment.set_unknown_method_callback(methods::method);
+    environment.set_formatter(|out, state, value| match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => Ok(out.write_str(&text_of(value)?)?),
+        _ => escape_formatter(out, state, value),
     });
+    filters::install(environment);
     environment.add_filter("tojson", tojson);
-    environment.add_filter("trim", |text: Cow<'_, str>, chars: Option<Cow<'_, str>>| {
-        strip(&text, chars.as_deref(), true, true).to_owned()
-    });
     environment.add_function("raise_exception", |message: String| {
         Err::<Value, _>(invalid(message))
     });
     environment.add_function("strftime_now", |format: String| strftime_now(&format));
+    environment.add_test("callable", |v: &Value| v.kind() == ValueKind::Plain);
     // In Python a text is a sequence, and a bool a number.
     environment.add_test("sequence", |v: &Value| {
         matches!(
@@ -44,7 +45,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     });
 }
 
-fn invalid(message: impl Into<Cow<'static, str>>) -> Error {
+pub(super) fn invalid(message: impl Into<Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
@@ -70,6 +71,95 @@ fn float_repr(value: f64) -> String {
         }
         _ => format!("{value:?}"),
     }
+}
+
+/// Python's `str(value)`.
+pub(super) fn text_of(value: &Value) -> Result<String, Error> {
+    match value.as_str() {
+        Some(text) => Ok(text.to_owned()),
+        None => repr(value),
+    }
+}
+
+/// Python's `repr(value)`.
+pub(super) fn repr(value: &Value) -> Result<String, Error> {
+    let mut out = String::new();
+    write_repr(value, 0, &mut out)?;
+    Ok(out)
+}
+
+fn write_repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(invalid(format!("nested more than {MAX_DEPTH} deep")));
+    }
+    match value.kind() {
+        ValueKind::String => write_text_repr(value.as_str().unwrap_or_default(), out),
+        ValueKind::Seq => {
+            let [open, close] = if value.is_tuple() {
+                ['(', ')']
+            } else {
+                ['[', ']']
+            };
+            out.push(open);
+            for (i, item) in value.try_iter()?.enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                write_repr(&item, depth + 1, out)?;
+            }
+            if value.is_tuple() && value.len() == Some(1) {
+                out.push(',');
+            }
+            out.push(close);
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (i, key) in value.try_iter()?.enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                write_repr(&key, depth + 1, out)?;
+                out.push_str(": ");
+                write_repr(&value.get_item(&key)?, depth + 1, out)?;
+            }
+            out.push('}');
+        }
+        _ => match float(value) {
+            Some(float) => out.push_str(&float_repr(float)),
+            None => out.push_str(&value.to_string()),
+        },
+    }
+    Ok(())
+}
+
+/// In single quotes unless it holds one and no double quote.
+fn write_text_repr(text: &str, out: &mut String) {
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
+    out.push(quote);
+    for c in text.chars() {
+        match c {
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            _ if c == quote => out.extend(['\\', c]),
+            _ if is_printable(c) => out.push(c),
+            _ => out.push_str(&match u32::from(c) {
+                code @ ..0x100 => format!("\\x{code:02x}"),
+                code @ ..0x10000 => format!("\\u{code:04x}"),
+                code => format!("\\U{code:08x}"),
+            }),
+        }
+    }
+    out.push(quote);
+}
+
+/// Python's `str.isprintable`, but for code points that have no character yet.
+fn is_printable(c: char) -> bool {
+    let invisible = matches!(c, '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{180e}'
+        | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+        | '\u{fff9}'..='\u{fffb}' | '\u{e000}'..='\u{f8ff}' | '\u{e0001}'..='\u{e007f}' | '\u{f0000}'..);
+    c == ' ' || !(c.is_control() || c.is_whitespace() || invisible)
 }
 
 /// Layout of [`tojson`], as `json.dumps` takes it.
@@ -231,52 +321,12 @@ fn key_text(key: &Value) -> Result<Cow<'_, str>, Error> {
     }
 }
 
-/// Methods that Python's `str` has and `pycompat` lacks, or has with Rust's idea of white space.
-fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    let Some(text) = value.as_str() else {
-        return unknown_method_callback(state, value, name, args);
-    };
-    match name {
-        "strip" | "lstrip" | "rstrip" => {
-            let (chars,): (Option<&str>,) = from_args(args)?;
-            Ok(strip(text, chars, name != "rstrip", name != "lstrip").into())
-        }
-        "split" if args.is_empty() => Ok(text
-            .split(is_space)
-            .filter(|word| !word.is_empty())
-            .map(Value::from)
-            .collect()),
-        "isspace" => {
-            let () = from_args(args)?;
-            Ok((!text.is_empty() && text.chars().all(is_space)).into())
-        }
-        "removeprefix" => {
-            let (prefix,): (&str,) = from_args(args)?;
-            Ok(text.strip_prefix(prefix).unwrap_or(text).into())
-        }
-        "removesuffix" => {
-            let (suffix,): (&str,) = from_args(args)?;
-            Ok(text.strip_suffix(suffix).unwrap_or(text).into())
-        }
-        "partition" | "rpartition" => {
-            let (separator,): (&str,) = from_args(args)?;
-            let (found, missing) = match name {
-                "partition" => (text.split_once(separator), [text, "", ""]),
-                _ => (text.rsplit_once(separator), ["", "", text]),
-            };
-            let parts = found.map_or(missing, |(before, after)| [before, separator, after]);
-            Ok(Value::from(Tuple::from(parts.map(Value::from))))
-        }
-        _ => unknown_method_callback(state, value, name, args),
-    }
-}
-
 /// Python's `str.isspace`: Unicode's white space and the four ASCII separators.
-fn is_space(c: char) -> bool {
+pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a str {
+pub(super) fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a str {
     let drop = |c: char| chars.map_or(is_space(c), |chars| chars.contains(c));
     let text = if left {
         text.trim_start_matches(drop)

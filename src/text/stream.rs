@@ -36,6 +36,20 @@ impl StreamDecoder {
         take_final(&mut self.pending)
     }
 
+    /// The text of `id` if it is one that [`Self::push`] will leave out: a special token.
+    ///
+    /// Behind half a character it begins with U+FFFD, as in the text with special tokens.
+    pub fn left_out(&self, id: u32) -> Option<String> {
+        let token = self.tokenizer.token(id).filter(|_| self.skip_special)?;
+        let half = if self.pending.is_empty() {
+            ""
+        } else {
+            "\u{fffd}"
+        };
+        let is_special = self.tokenizer.is_special(&token);
+        is_special.then(|| format!("{half}{token}"))
+    }
+
     /// The end of the answer: a character that was left incomplete becomes U+FFFD.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
@@ -129,6 +143,17 @@ mod tests {
         let mut ids = tokenizer.encode("é\u{1f469}").unwrap();
         ids.pop();
         assert_eq!(stream(&tokenizer, &ids, true).concat(), "é\u{fffd}");
+    }
+
+    #[test]
+    fn a_special_token_is_left_out_and_can_be_had_apart() {
+        let tokenizer = byte_tokenizer();
+        let mut decoder = tokenizer.stream_decoder(true);
+        assert_eq!(decoder.left_out(259).as_deref(), Some("<|im_end|>"));
+        assert_eq!(decoder.left_out(260), None, "<think> is not special");
+        assert_eq!(decoder.push(0xc3), "");
+        assert_eq!(decoder.left_out(259).as_deref(), Some("\u{fffd}<|im_end|>"));
+        assert_eq!(tokenizer.stream_decoder(false).left_out(259), None);
     }
 
     #[test]

@@ -2,36 +2,34 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Map, Value};
-use tokenizers::{AddedToken, DecoderWrapper};
+use tokenizers::DecoderWrapper;
 
+use super::added::Specials;
+use super::bounds::{Growth, check_token};
 use super::chat::{ChatRequest, ChatTemplates};
-use super::guard::guarded;
+use super::guard::{guarded, in_time};
 use super::stream::StreamDecoder;
 use crate::{Error, Result, files};
-
-/// Names under which `tokenizer_config.json` gives single special tokens, and chat templates read them.
-const NAMED_TOKENS: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
 
 /// Longest text that is tokenized. A million tokens are about 4.5 MB of text; and Qwen's regular expression gives up
 /// on ten million spaces in a row.
 const MAX_PROMPT_BYTES: usize = 8 << 20;
+
+/// Time for a text: real rules take a tenth of a second for a megabyte, a hostile regular expression for ever.
+const TIME: Duration = Duration::from_secs(5);
+const TIME_PER_MIB: Duration = Duration::from_secs(8);
 
 /// A byte-level BPE tokenizer with its special tokens and chat templates. Clones share the vocabulary.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     templates: Arc<ChatTemplates>,
+    growth: Growth,
     vocab_size: usize,
+    n_rows: usize,
     eos_token_id: Option<u32>,
     pad_token_id: Option<u32>,
 }
@@ -49,13 +47,14 @@ impl std::fmt::Debug for Tokenizer {
 impl Tokenizer {
     /// Loads the tokenizer of the model folder `dir`.
     ///
-    /// Needs `tokenizer.json`; reads `tokenizer_config.json`, `chat_template.jinja` and
-    /// `additional_chat_templates/*.jinja` where they exist.
+    /// Needs `tokenizer.json`; reads `tokenizer_config.json`, `chat_template.jinja`,
+    /// `additional_chat_templates/*.jinja`, `special_tokens_map.json` and `added_tokens.json` where they exist.
+    /// The model's embedding has `n_rows` rows: a text with a token beyond them is refused.
     ///
     /// # Errors
     /// Names the file that is missing, is not valid JSON, or holds a tokenizer that is not byte-level BPE.
     /// A chat template that does not compile is reported by [`Self::render_chat`]: raw prompts do not need it.
-    pub fn load(dir: &Path) -> Result<Self> {
+    pub fn load(dir: &Path, n_rows: usize) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = files::read(&path, files::LARGE)?.ok_or_else(|| {
             Error::file(
@@ -65,20 +64,20 @@ impl Tokenizer {
         })?;
         let config_path = dir.join("tokenizer_config.json");
         let config = read_config(&config_path)?;
-        let inner = guarded(|| build(&bytes, &config))
+        let specials = Specials::load(dir, &config)?;
+        let (inner, growth) = guarded(|| build(&bytes, &specials))
             .unwrap_or_else(Err)
             .map_err(|e| Error::file(&path, format!("not a usable tokenizer.json: {e}")))?;
         drop(bytes);
 
-        let special = NAMED_TOKENS
-            .iter()
-            .filter_map(|&name| Some((name, token_text(config.get(name)?)?)))
-            .collect::<Vec<_>>();
+        let special = specials.named().collect::<Vec<_>>();
         let id_of = |wanted: &str| {
             let (_, text) = special.iter().find(|(name, _)| *name == wanted)?;
             inner.token_to_id(text)
         };
         Ok(Self {
+            growth,
+            n_rows,
             vocab_size: inner
                 .get_vocab(true)
                 .into_values()
@@ -94,7 +93,8 @@ impl Tokenizer {
     /// The ids of a raw prompt, with whatever the tokenizer puts around a text (a BOS token, for those that have one).
     ///
     /// # Errors
-    /// A text of more than 8 MiB; whatever the tokenizer's own rules cannot digest.
+    /// A text of more than 8 MiB, or one that the tokenizer's rules would make too long; a token without a row in the
+    /// embedding; whatever the tokenizer's own rules cannot digest.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.ids(text, true)
     }
@@ -107,6 +107,7 @@ impl Tokenizer {
         self.ids(rendered, false)
     }
 
+    /// Every text becomes ids here.
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         if text.len() > MAX_PROMPT_BYTES {
             let what = format!(
@@ -115,10 +116,28 @@ impl Tokenizer {
             );
             return Err(Error::usage(what));
         }
-        guarded(|| self.inner.encode_fast(text, add_special_tokens))
-            .unwrap_or_else(|panic| Err(panic.into()))
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| Error::failed(format!("cannot tokenize the prompt: {e}")))
+        let failed = |e| Error::failed(format!("cannot tokenize the prompt: tokenizer.json: {e}"));
+        self.growth.check(text.len()).map_err(failed)?;
+        let patience = TIME + TIME_PER_MIB.mul_f64(text.len() as f64 / (1 << 20) as f64);
+        let (inner, text) = (Arc::clone(&self.inner), text.to_owned());
+        let encode = move || {
+            let encoding = inner.encode_fast(text, add_special_tokens);
+            encoding
+                .map(|e| e.get_ids().to_vec())
+                .map_err(|e| e.to_string())
+        };
+        let ids = in_time(patience, encode)
+            .and_then(|ids| ids)
+            .map_err(failed)?;
+        match ids.iter().find(|&&id| id as usize >= self.n_rows) {
+            None => Ok(ids),
+            Some(&id) => Err(Error::failed(format!(
+                "token {id} of the prompt, \"{}\", has no row in the model's embedding of {} rows: the tokenizer is \
+                 not this model's, or the embedding was not enlarged when tokens were added",
+                self.token(id).unwrap_or_default(),
+                self.n_rows
+            ))),
+        }
     }
 
     /// The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
@@ -181,8 +200,9 @@ impl Tokenizer {
 }
 
 /// The tokenizer of `tokenizer.json` as this program uses it; errors are the reason alone.
-fn build(json: &[u8], config: &Map<String, Value>) -> Result<tokenizers::Tokenizer, String> {
+fn build(json: &[u8], specials: &Specials) -> Result<(tokenizers::Tokenizer, Growth), String> {
     let text = |e: tokenizers::Error| e.to_string();
+    let growth = Growth::of(json)?;
     let mut tokenizer = tokenizers::Tokenizer::from_bytes(json).map_err(text)?;
     if !matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
         return Err("its decoder is not ByteLevel, so it is not the byte-level BPE of Qwen".into());
@@ -190,79 +210,26 @@ fn build(json: &[u8], config: &Map<String, Value>) -> Result<tokenizers::Tokeniz
     // A prompt is never cut or filled up behind its author's back; transformers drops both settings too.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(text)?;
-    let missing = tokens_of_config(config, &tokenizer);
+    let missing = specials.missing(&tokenizer);
+    for token in &missing {
+        check_token(&token.content)?;
+    }
+    growth.check(missing.iter().map(|t| t.content.len()).sum())?;
     tokenizer.add_tokens(missing).map_err(text)?;
+    for token in tokenizer.get_vocab(false).keys() {
+        check_token(token)?;
+    }
     // Some contradictions show only in use.
     tokenizer.encode_fast("a", true).map_err(text)?;
-    Ok(tokenizer)
+    Ok((tokenizer, growth))
 }
 
-fn read_config(path: &Path) -> Result<Map<String, Value>> {
+/// The object that a JSON file holds; a file that is missing is an empty one.
+pub(super) fn read_config(path: &Path) -> Result<Map<String, Value>> {
     let Some(bytes) = files::read(path, files::SMALL)? else {
         return Ok(Map::new());
     };
     serde_json::from_slice(&bytes).map_err(|e| Error::file(path, format!("not a JSON object: {e}")))
-}
-
-/// A token in a config is its text, or an object with the text as `content`.
-fn token_text(token: &Value) -> Option<&str> {
-    token.as_str().or_else(|| token.get("content")?.as_str())
-}
-
-/// Tokens that only `tokenizer_config.json` has, or has with other properties: transformers adds those too.
-fn tokens_of_config(
-    config: &Map<String, Value>,
-    tokenizer: &tokenizers::Tokenizer,
-) -> Vec<AddedToken> {
-    let known = tokenizer.get_added_tokens_decoder();
-    let mut listed = config
-        .get("added_tokens_decoder")
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-        .filter_map(|(id, token)| Some((id.parse::<u32>().ok()?, added_token(token)?)))
-        .collect::<Vec<_>>();
-    listed.sort_by_key(|(id, _)| *id);
-    // Equality of added tokens is that of their text alone; their other properties count here.
-    listed.retain(|(_, token)| !known.values().any(|k| same_properties(k, token)));
-
-    let is_known = |text: &str| known.values().any(|k| k.content == text);
-    let extra = ["additional_special_tokens", "extra_special_tokens"]
-        .iter()
-        .filter_map(|&key| config.get(key)?.as_array())
-        .flatten();
-    let mut tokens = listed.into_iter().map(|(_, t)| t).collect::<Vec<_>>();
-    for token in NAMED_TOKENS
-        .iter()
-        .filter_map(|&name| config.get(name))
-        .chain(extra)
-    {
-        if let Some(text) = token_text(token)
-            && !is_known(text)
-            && !tokens.iter().any(|t| t.content == text)
-        {
-            tokens.push(added_token(token).unwrap_or_default().special(true));
-        }
-    }
-    tokens
-}
-
-fn same_properties(a: &AddedToken, b: &AddedToken) -> bool {
-    a.content == b.content
-        && (a.special, a.normalized, a.single_word, a.lstrip, a.rstrip)
-            == (b.special, b.normalized, b.single_word, b.lstrip, b.rstrip)
-}
-
-fn added_token(token: &Value) -> Option<AddedToken> {
-    let flag = |name| token.get(name).and_then(Value::as_bool);
-    let special = flag("special").unwrap_or(token.is_string());
-    Some(
-        AddedToken::from(token_text(token)?, special)
-            .normalized(flag("normalized").unwrap_or(!special))
-            .single_word(flag("single_word").unwrap_or(false))
-            .lstrip(flag("lstrip").unwrap_or(false))
-            .rstrip(flag("rstrip").unwrap_or(false)),
-    )
 }
 
 #[cfg(test)]
@@ -274,7 +241,9 @@ mod tests {
     /// The one line a person sees when this is the tokenizer.json.
     fn refusal(json: &str) -> String {
         let dir = folder(&[("tokenizer.json", json)]);
-        let line = Tokenizer::load(dir.path()).unwrap_err().to_string();
+        let line = Tokenizer::load(dir.path(), usize::MAX)
+            .unwrap_err()
+            .to_string();
         assert!(
             line.contains("tokenizer.json: ") && !line.contains('\n'),
             "{line}"
@@ -291,9 +260,11 @@ mod tests {
     #[test]
     fn a_missing_tokenizer_is_named() {
         let dir = folder(&[]);
-        let line = Tokenizer::load(dir.path()).unwrap_err().to_string();
+        let line = Tokenizer::load(dir.path(), usize::MAX)
+            .unwrap_err()
+            .to_string();
         assert!(line.contains("tokenizer.json: missing"), "{line}");
-        let line = Tokenizer::load(Path::new("/no/such"))
+        let line = Tokenizer::load(Path::new("/no/such"), usize::MAX)
             .unwrap_err()
             .to_string();
         assert!(line.contains("/no/such/tokenizer.json"), "{line}");
@@ -346,7 +317,8 @@ mod tests {
             j["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": "(a|aa)+$"},
                 "behavior": "Isolated", "invert": false});
         });
-        let tokenizer = Tokenizer::load(folder(&[("tokenizer.json", &json)]).path()).unwrap();
+        let tokenizer =
+            Tokenizer::load(folder(&[("tokenizer.json", &json)]).path(), usize::MAX).unwrap();
         let line = tokenizer
             .encode(&("a".repeat(1000) + "b"))
             .unwrap_err()
@@ -388,7 +360,8 @@ mod tests {
             j["padding"] = json!({"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null,
                 "pad_id": 0, "pad_type_id": 0, "pad_token": "x"});
         });
-        let tokenizer = Tokenizer::load(folder(&[("tokenizer.json", &json)]).path()).unwrap();
+        let tokenizer =
+            Tokenizer::load(folder(&[("tokenizer.json", &json)]).path(), usize::MAX).unwrap();
         assert_eq!(tokenizer.encode("xyz").unwrap().len(), 3);
     }
 
@@ -422,7 +395,8 @@ mod tests {
     #[test]
     fn ids_may_have_gaps_and_the_vocabulary_ends_after_the_highest() {
         let json = changed(|j| j["model"]["vocab"]["zz"] = json!(999));
-        let tokenizer = Tokenizer::load(folder(&[("tokenizer.json", &json)]).path()).unwrap();
+        let tokenizer =
+            Tokenizer::load(folder(&[("tokenizer.json", &json)]).path(), usize::MAX).unwrap();
         assert_eq!(tokenizer.vocab_size(), 1000);
         assert_eq!(byte_tokenizer().vocab_size(), 263);
     }

@@ -5,6 +5,7 @@ mod bench;
 mod commands;
 mod failures;
 mod forward;
+mod hostile;
 mod memory;
 mod model_folder;
 mod sampling;
