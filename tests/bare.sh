@@ -22,7 +22,8 @@ trap leave EXIT
 leave() {
     local places
     places=$(awk -v below="$system/" 'index($2, below) == 1 { print $2 }' /proc/mounts | sort -r)
-    for place in $places; do umount "$place" || return; done
+    # Detached even while something below is still running.
+    for place in $places; do umount --lazy "$place" || return; done
     rm -rf --one-file-system "$system" "$made"
 }
 

@@ -157,7 +157,8 @@ impl Chat<'_> {
         write_stdout("\n")?;
         self.messages
             .push(json!({"role": "assistant", "content": generation.text()}));
-        if finish == Some(FinishReason::Length) {
+        // Who has typed a limit knows of it.
+        if finish == Some(FinishReason::Length) && self.args.sampling.max_tokens.is_none() {
             logging::say(
                 "the answer was cut at its longest: --max-tokens and --context allow more",
             );
