@@ -38,6 +38,7 @@ pub mod gpu;
 pub mod logging;
 pub mod model;
 pub mod output;
+mod panics;
 pub mod plan;
 pub mod session;
 pub mod text;
