@@ -91,6 +91,9 @@ fn process(task: &str, variables: &[(&str, String)]) -> Child {
             "--test-threads=1",
         ])
         .env("TANDEM_TEST_TASK", task)
+        // Tests leave nothing in a home.
+        .env_remove("XDG_CONFIG_HOME")
+        .env("HOME", "/nonexistent")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
