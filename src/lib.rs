@@ -23,6 +23,7 @@
 //! | [`doctor`] | what this machine offers, what is missing |
 //! | `files` | files of a model folder, opened as a stranger's |
 //! | [`logging`] | log lines tagged with rank and host, the progress bar |
+//! | [`panics`] | a panic as an error of one line |
 //! | [`error`] | the one error type |
 #![warn(missing_docs)]
 
@@ -40,6 +41,7 @@ pub mod gpu;
 pub mod logging;
 pub mod model;
 pub mod output;
+pub mod panics;
 pub mod plan;
 pub mod session;
 pub mod text;

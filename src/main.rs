@@ -5,7 +5,7 @@ use clap::error::ErrorKind;
 use std::process::ExitCode;
 use tandem::cli::{self, Cli};
 use tandem::world::{World, WorldFlags};
-use tandem::{Error, commands, logging};
+use tandem::{Error, commands, logging, panics};
 
 fn main() -> ExitCode {
     if let Some(code) = tandem::text::serve_if_asked() {
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         return misused(&what);
     }
     logging::init(cli.verbose);
-    match commands::run(cli) {
+    match panics::caught(|| commands::run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             // A rank whose error rank 0 shows leaves quietly.

@@ -195,9 +195,9 @@ fn start(mut command: Command) -> Result<Child> {
 
 /// What `child` prints on stdout; a failure is its last line on stderr.
 fn outcome(mut child: Child, deadline: Instant) -> Result<String> {
-    let out = reader(child.stdout.take());
-    let err = reader(child.stderr.take());
     let failed = |e: std::io::Error| Error::failed(format!("the run is lost: {e}"));
+    let out = reader(child.stdout.take()).map_err(failed)?;
+    let err = reader(child.stderr.take()).map_err(failed)?;
     let status = loop {
         if let Some(status) = child.try_wait().map_err(failed)? {
             break Some(status);
@@ -232,8 +232,10 @@ fn last_word(stderr: &str) -> Option<String> {
     said.or_else(|| lines().next_back()).map(str::to_owned)
 }
 
-fn reader(pipe: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
-    std::thread::spawn(move || {
+fn reader(
+    pipe: Option<impl Read + Send + 'static>,
+) -> std::io::Result<std::thread::JoinHandle<Vec<u8>>> {
+    std::thread::Builder::new().spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe
             && let Err(e) = pipe.read_to_end(&mut bytes)

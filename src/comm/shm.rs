@@ -5,9 +5,10 @@
 //! up for the next round only when it has read all parts of this one, so whoever is two rounds on knows that
 //! nobody still reads.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -45,7 +46,7 @@ struct Cell {
 unsafe impl Send for Segment {}
 
 impl Segment {
-    /// Memory for `size` ranks, marked with `session`.
+    /// Memory for `size` ranks, marked with `session`; only processes of this user can open it.
     pub fn create(size: usize, session: u64) -> io::Result<Self> {
         // SAFETY: the name is a C string that outlives the call; a fresh descriptor is ours to own.
         let file = unsafe {
@@ -55,6 +56,8 @@ impl Segment {
             }
             File::from_raw_fd(fd)
         };
+        // Another user cannot follow the way to it in `/proc`; should the file get about, it is closed all the same.
+        file.set_permissions(Permissions::from_mode(0o600))?;
         file.set_len(bytes(size) as u64)?;
         let segment = Segment::map(file, size)?;
         segment.session().store(session, Ordering::Release);

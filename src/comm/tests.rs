@@ -193,6 +193,15 @@ fn a_segment_of_another_run_is_refused() {
     assert!(Segment::open(pid, 0, 2, 17).is_err());
 }
 
+#[test]
+fn another_user_cannot_open_a_segment() {
+    let segment = Segment::create(2, 17).unwrap();
+    let (pid, descriptor) = (std::process::id(), segment.descriptor());
+    let opened = crate::world::as_another_user(|| Segment::open(pid, descriptor, 2, 17).is_ok());
+    assert_ne!(opened, Some(true));
+    assert!(Segment::open(pid, descriptor, 2, 17).is_ok());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]

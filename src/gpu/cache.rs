@@ -2,14 +2,22 @@
 //!
 //! An entry is written under a temporary name and renamed, so that a reader sees all of it or none, also on a shared file
 //! system and from many ranks at once. It carries its own length and checksum: a damaged entry counts as absent.
+//!
+//! What is found here runs on the device. So the folder is this user's alone, and what another user owns or could have
+//! written counts for nothing.
 
 use crate::{Error, Result};
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File, Metadata};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 const MAGIC: &[u8; 8] = b"tandemK1";
+
+/// The oldest that a temporary file of a writer at work can be; older ones are what a killed one has left.
+const LEFT_BEHIND: Duration = Duration::from_secs(3600);
 
 /// FNV-1a (Fowler, Noll, Vo), 64 bits: a key for file names and a checksum against damage, not against malice.
 pub fn fnv1a(parts: &[&[u8]]) -> u64 {
@@ -56,15 +64,40 @@ impl Cache {
         self.dir.join(name)
     }
 
-    /// An entry's contents, if it is there and whole.
+    /// An entry's contents, if it is there, whole, and this user's own.
     pub fn get(&self, name: &str) -> Option<Vec<u8>> {
-        let bytes = fs::read(self.path(name)).ok()?;
+        let path = self.own(name)?;
+        let mut bytes = Vec::new();
+        // Looked at once more: what was checked by name may have become another file.
+        let mut file = open(&path).ok()?;
+        if !file.metadata().is_ok_and(|found| is_own(&found)) {
+            return None;
+        }
+        file.read_to_end(&mut bytes).ok()?;
         let (head, body) = bytes.split_at_checked(24)?;
         let whole = head == header(body);
         if !whole {
-            tracing::warn!("{}: damaged, made anew", self.path(name).display());
+            tracing::warn!("{}: damaged, made anew", path.display());
         }
         whole.then(|| body.to_vec())
+    }
+
+    /// The file of an entry, if it is there and nobody but this user could have written it.
+    pub fn own(&self, name: &str) -> Option<PathBuf> {
+        let path = self.path(name);
+        for place in [&self.dir, &path] {
+            let found = fs::symlink_metadata(place).ok()?;
+            // The folder itself may be a link to where there is room.
+            let found = match place == &self.dir {
+                true => fs::metadata(place).ok()?,
+                false => found,
+            };
+            if !is_own(&found) {
+                tracing::debug!("{}: not used, others may have written it", place.display());
+                return None;
+            }
+        }
+        Some(path)
     }
 
     /// Stores an entry with its checksum.
@@ -81,7 +114,12 @@ impl Cache {
     /// The folder cannot be made or written to.
     pub fn write(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
         let temporary = self.temporary(name)?;
-        let written = fs::File::create(&temporary)
+        let mut options = File::options();
+        let written = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&temporary)
             .and_then(|mut f| {
                 parts
                     .iter()
@@ -96,13 +134,13 @@ impl Cache {
         })
     }
 
-    /// A name in the folder that no other writer uses; the folder exists afterwards.
+    /// A name in the folder that no other writer uses; the folder exists afterwards, for this user alone.
     ///
     /// # Errors
-    /// The folder cannot be made.
+    /// The folder cannot be made, or is another user's.
     pub fn temporary(&self, name: &str) -> Result<PathBuf> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        fs::create_dir_all(&self.dir).map_err(|e| Error::file(&self.dir, e))?;
+        self.make_folder()?;
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         Ok(self.dir.join(format!(
@@ -111,6 +149,59 @@ impl Cache {
             std::process::id()
         )))
     }
+
+    fn make_folder(&self) -> Result<()> {
+        let failed = |e| Error::file(&self.dir, e);
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(&self.dir).map_err(failed)?;
+        let found = fs::metadata(&self.dir).map_err(failed)?;
+        if found.uid() != rustix::process::geteuid().as_raw() {
+            return Err(Error::file(
+                &self.dir,
+                format_args!(
+                    "belongs to user {}, and compiled kernels are kept for their owner alone: set XDG_CACHE_HOME to a folder of yours",
+                    found.uid()
+                ),
+            ));
+        }
+        // Made by an earlier version, or by hand.
+        if found.mode() & 0o077 != 0 {
+            fs::set_permissions(&self.dir, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        }
+        self.remove_what_is_left_behind();
+        Ok(())
+    }
+
+    /// Writers that were killed have left their temporary files.
+    fn remove_what_is_left_behind(&self) {
+        let Ok(entries) = fs::read_dir(&self.dir) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let is_temporary = entry.file_name().as_encoded_bytes().starts_with(b".");
+            let age = entry
+                .metadata()
+                .and_then(|found| found.modified())
+                .map(|at| at.elapsed().unwrap_or_default());
+            if is_temporary && age.is_ok_and(|age| age > LEFT_BEHIND) {
+                let path = entry.path();
+                tracing::debug!("{}: left behind, removed", path.display());
+                let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+            }
+        }
+    }
+}
+
+/// Root's files are as good as this user's own: an administrator may have filled the folder.
+fn is_own(found: &Metadata) -> bool {
+    let us = rustix::process::geteuid().as_raw();
+    [us, 0].contains(&found.uid()) && found.mode() & 0o022 == 0 && !found.is_symlink()
+}
+
+fn open(path: &Path) -> std::io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    File::options().read(true).custom_flags(flags).open(path)
 }
 
 fn header(body: &[u8]) -> Vec<u8> {
@@ -177,6 +268,67 @@ mod tests {
             }
         });
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_folder_is_its_owner_s_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path().join("a/b"));
+        cache.put("k", b"cubin").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!(mode(cache.dir()), 0o700);
+        assert_eq!(mode(&cache.path("k")), 0o600);
+        let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+        // What others could have written counts as absent, and is made anew.
+        for open in [0o620, 0o602] {
+            set(&cache.path("k"), open).unwrap();
+            assert_eq!(cache.get("k"), None, "{open:o}");
+        }
+        cache.put("k", b"again").unwrap();
+        assert_eq!(cache.get("k").as_deref(), Some(&b"again"[..]));
+        set(cache.dir(), 0o777).unwrap();
+        assert_eq!(cache.get("k"), None);
+        cache.put("l", b"next").unwrap();
+        assert_eq!(mode(cache.dir()), 0o700);
+        // A link leads to what somebody else may own.
+        fs::rename(cache.path("l"), dir.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), cache.path("l")).unwrap();
+        assert_eq!(cache.get("l"), None);
+    }
+
+    #[test]
+    fn another_user_s_folder_or_file_is_not_used() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path().join("cache"));
+        cache.put("k", b"cubin").unwrap();
+        std::os::unix::fs::chown(cache.path("k"), Some(64_007), None).unwrap();
+        assert_eq!(cache.get("k"), None);
+        cache.put("k", b"cubin").unwrap();
+        std::os::unix::fs::chown(cache.dir(), Some(64_007), None).unwrap();
+        assert_eq!(cache.get("k"), None);
+        let error = cache.put("k", b"cubin").unwrap_err().to_string();
+        assert!(error.contains("belongs to user 64007"), "{error}");
+    }
+
+    #[test]
+    fn what_a_killed_writer_has_left_goes_with_the_next_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let [old, new] = [".k.host.1.0", ".k.host.2.0"].map(|name| cache.path(name));
+        fs::write(&old, "half").unwrap();
+        fs::write(&new, "half").unwrap();
+        let long_ago = std::time::SystemTime::now() - 2 * LEFT_BEHIND;
+        File::options()
+            .write(true)
+            .open(&old)
+            .unwrap()
+            .set_modified(long_ago)
+            .unwrap();
+        cache.put("k", b"cubin").unwrap();
+        assert!(!old.exists() && new.exists() && cache.get("k").is_some());
     }
 
     #[test]

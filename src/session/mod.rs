@@ -13,6 +13,7 @@ use crate::engine::{Engine, Scheduler, Step, serve};
 use crate::logging;
 use crate::model::check_tensors;
 use crate::output::RankReport;
+use crate::panics::caught;
 use crate::plan::{self, DeviceKind, Plan, Prediction};
 use crate::weights::{Checkpoint, Dtype};
 use crate::world::{Group, Hello, MeetOptions, World, WorldFlags};
@@ -79,7 +80,8 @@ pub fn run<W>(
 ) -> Result<()> {
     let start = Instant::now();
     let world = start_world(args.ranks, &args.rank)?;
-    let found = find(args, &world).and_then(|model| {
+    let found = caught(|| {
+        let model = find(args, &world)?;
         let work = if world.rank == 0 {
             Some(read(&args.model, &model.config)?)
         } else {
@@ -94,17 +96,17 @@ pub fn run<W>(
     };
     let group = Group::meet(&world, hello, &options)?;
     let (model, work) = found?;
-    let outcome =
-        prepare(args, model, &work, &group, start).and_then(|(mut replica, scheduler, report)| {
-            match work {
-                Some((_, work)) => {
-                    let mut engine = Engine::new(scheduler, &mut *replica, &group);
-                    lead(&mut engine, work, report)?;
-                    engine.finish()
-                }
-                None => serve(&mut *replica, &group),
+    let outcome = caught(|| {
+        let (mut replica, scheduler, report) = prepare(args, model, &work, &group, start)?;
+        match work {
+            Some((_, work)) => {
+                let mut engine = Engine::new(scheduler, &mut *replica, &group);
+                lead(&mut engine, work, report)?;
+                engine.finish()
             }
-        });
+            None => serve(&mut *replica, &group),
+        }
+    });
     match outcome {
         Ok(()) => group.finish(),
         Err(e) => Err(group.fail(e)),

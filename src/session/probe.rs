@@ -10,6 +10,7 @@ use crate::comm::HostCollective;
 use crate::cpu::{Pool, ReadBuffer, STREAMS, measure_fma_rate};
 use crate::gpu::probe::{Probe, Sizes};
 use crate::gpu::{Parts, cuda::Cuda};
+use crate::panics::caught;
 use crate::world::{Group, Hello, MeetOptions};
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
@@ -47,10 +48,11 @@ pub fn probe(args: &ProbeArgs) -> Result<Option<Ceilings>> {
         ..MeetOptions::default()
     };
     let group = Group::meet(&world, hello, &options)?;
-    let measured = match site? {
+    let site = site?;
+    let measured = caught(|| match site {
         Site::Cpu => on_cores(&group, args.hidden),
         Site::Gpu(device) => on_gpus(&group, *device, args.hidden),
-    };
+    });
     match measured {
         Ok(ceilings) => {
             let mine = (group.rank() == 0).then_some(ceilings);

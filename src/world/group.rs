@@ -6,11 +6,14 @@ use std::time::Duration;
 
 use super::hello::{self, Hello};
 use super::meet::{self, Met};
-use super::monitor::{FAREWELL, HEARING, Shared};
+use super::monitor::{FAREWELL, HEARING, SETTLE, Shared};
 use super::wire::Kind;
-use super::{DEFAULT_TIMEOUT, World};
+use super::{DEFAULT_TIMEOUT, World, limits};
 use crate::comm::{HostCollective, ShmCollective, Solo, TcpCollective};
 use crate::{Error, Result};
+
+/// The longest time to wait: a sum with it must be a time that the clock can show.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Shows the error ([`Error::Told`]: nothing) and ends the process.
 pub type End = Arc<dyn Fn(&Error) + Send + Sync>;
@@ -22,6 +25,8 @@ pub struct MeetOptions {
     pub timeout: Duration,
     /// Called on a thread of the group when the run has failed; by default it prints and exits.
     pub end: End,
+    /// How long rank 0 listens for what else has gone wrong before it decides which error counts.
+    pub settle: Duration,
     /// Told to every rank when Ctrl-C, SIGTERM or SIGHUP ends this one (the handlers are for the whole process).
     pub signals: bool,
 }
@@ -31,6 +36,7 @@ impl Default for MeetOptions {
         MeetOptions {
             timeout: DEFAULT_TIMEOUT,
             end: Arc::new(print_and_exit),
+            settle: SETTLE,
             signals: true,
         }
     }
@@ -67,8 +73,8 @@ impl Group {
             0,
             vec![hello.host.clone()],
             vec![None],
-            None,
-            Arc::new(|_| {}),
+            &World::alone(),
+            &MeetOptions::default(),
         );
         Group {
             shared: Arc::new(shared),
@@ -92,9 +98,13 @@ impl Group {
                 None => Ok(Group::alone(hello)),
             };
         }
+        let timeout = options.timeout.min(LONGEST);
+        if let (None, Err(e)) = (&hello.error, limits::allow_connections(world.size)) {
+            hello = hello.with_error(&e);
+        }
         #[cfg(feature = "mpi")]
-        let world = &super::mpi::exchange_address(world, options.timeout)?;
-        let mut met = meet::meet(world, hello, options.timeout)?;
+        let world = &super::mpi::exchange_address(world, timeout)?;
+        let mut met = meet::meet(world, hello, timeout)?;
         let hellos = met.hellos();
         let hosts = hellos.iter().map(|h| h.host.clone()).collect();
         let controls = std::mem::take(&mut met.controls);

@@ -2,18 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::door::{Arrival, Door, listen};
+use super::door::{
+    Arrival, Door, Rules, listen_at, listen_everywhere, listen_for_data, listen_here,
+};
+use super::handshake::{Greeting, Known, Trust};
 use super::hello::{self, Failure, Hello, list_ranks};
 use super::meet::{
-    ANSWER_TIME, Card, GRACE, Met, Roster, Seat, Verdict, connect, encode, has_closed, is_loopback,
-    random, resolve,
+    ANSWER_TIME, Card, GRACE, Met, Roster, Seat, Verdict, connect, encode, has_closed, resolve,
+    seal_roster,
 };
-use super::wire::{self, Greeting, Kind};
-use super::{Rendezvous, World};
+use super::spawn::Stopped;
+use super::wire::{self, Kind};
+use super::{LOCALHOST, Rendezvous, World, owner, secret};
 use crate::comm::Segment;
 use crate::{Error, Result};
 
@@ -26,11 +30,13 @@ pub(super) struct Host<'a> {
     data: TcpListener,
     timeout: Duration,
     seats: BTreeMap<usize, Seat>,
-    streams: BTreeMap<usize, TcpStream>,
+    streams: BTreeMap<usize, (TcpStream, Known)>,
     /// Connections that belong to no seat, but wait for the verdict all the same.
     surplus: Vec<TcpStream>,
     /// Whether those who are missing have had their time.
     waited: bool,
+    /// Processes that this one has started and that do not move.
+    stopped: Vec<Stopped>,
 }
 
 impl<'a> Host<'a> {
@@ -41,24 +47,36 @@ impl<'a> Host<'a> {
             Some((code, line)) => hello::with_code(*code, line.clone()),
             None => e,
         };
-        let listener = control_listener(world).map_err(or_own)?;
+        let listeners = control_listeners(world).map_err(or_own)?;
         let io_error = |e: io::Error| or_own(Error::failed(format!("cannot listen: {e}")));
-        let loopback = listener.local_addr().map_err(io_error)?.ip().is_loopback();
-        let data = listen(loopback, 0).map_err(io_error)?;
+        let ip = match listeners.as_slice() {
+            [one] => one.local_addr().map_err(io_error)?.ip(),
+            _ => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let data = listen_for_data(ip, world.stays_here()).map_err(io_error)?;
         let seat = Seat {
             hello,
             data_port: data.local_addr().map_err(io_error)?.port(),
             ip: None,
         };
+        let rules = Rules {
+            token: world.token,
+            trust: Trust {
+                secret: world.secret.clone(),
+                owner: true,
+            },
+            with_hello: true,
+        };
         Ok(Host {
             world,
-            door: Door::new(listener, world.token, true).map_err(io_error)?,
+            door: Door::new(listeners, rules).map_err(io_error)?,
             data,
             timeout,
             seats: BTreeMap::from([(0, seat)]),
             streams: BTreeMap::new(),
             surplus: Vec::new(),
             waited: false,
+            stopped: Stopped::children_of(world),
         })
     }
 
@@ -70,7 +88,8 @@ impl<'a> Host<'a> {
                     self.let_the_late_in();
                 }
                 let verdict = Verdict::of(&error);
-                let streams = self.streams.values().chain(&self.surplus);
+                let seated = self.streams.values().map(|(stream, _)| stream);
+                let streams = seated.chain(&self.surplus);
                 verdict.tell(&streams.collect::<Vec<_>>());
                 Err(error)
             }
@@ -108,6 +127,7 @@ impl<'a> Host<'a> {
     fn welcome(&mut self, arrival: Arrival) -> Result<()> {
         let Arrival {
             greeting,
+            known,
             stream,
             hello,
         } = arrival;
@@ -152,7 +172,7 @@ impl<'a> Host<'a> {
             ip: ip.filter(|ip| !ip.is_loopback()),
         };
         self.seats.insert(rank, seat);
-        self.streams.insert(rank, stream);
+        self.streams.insert(rank, (stream, known));
         Ok(())
     }
 
@@ -184,14 +204,15 @@ impl<'a> Host<'a> {
     }
 
     /// A rank that ends while the others are still waited for.
-    fn notice_the_lost(&self) -> Result<()> {
+    fn notice_the_lost(&mut self) -> Result<()> {
         let children = self.world.children.as_ref();
         if let Some((rank, how)) = children.and_then(|c| c.ended()) {
             return Err(Error::failed(format!(
                 "rank {rank} {how} before the ranks had met"
             )));
         }
-        for (&rank, stream) in &self.streams {
+        self.stopped.iter_mut().try_for_each(Stopped::check)?;
+        for (&rank, (stream, _)) in &self.streams {
             if self.seats[&rank].hello.error.is_none() && has_closed(stream) {
                 return Err(Error::failed(format!(
                     "rank {rank} ({}) ended before the ranks had met (killed?)",
@@ -217,8 +238,15 @@ impl<'a> Host<'a> {
             .iter()
             .map(|(host, ranks)| format!("{} on {host}", list_ranks(ranks)))
             .collect();
+        let unproved = match self.door.unproved() {
+            0 => String::new(),
+            n => format!(
+                "; {n} that came did not prove to be of this run: set {} to the same random text on every rank",
+                secret::VARIABLE
+            ),
+        };
         Error::failed(format!(
-            "rank{} {} never arrived within {} s ({} of {size} are here: {})",
+            "rank{} {} never arrived within {} s ({} of {size} are here: {}){unproved}",
             if missing.len() == 1 { "" } else { "s" },
             list_ranks(&missing),
             self.timeout.as_secs_f64(),
@@ -228,7 +256,8 @@ impl<'a> Host<'a> {
     }
 
     fn seat_all(self) -> Result<Met> {
-        let session = random();
+        let session = u64::from_le_bytes(secret::random()?);
+        let key = secret::random()?;
         let seats: Vec<Seat> = self.seats.into_values().collect();
         let one_machine = seats.iter().all(|s| s.hello.host == seats[0].hello.host);
         let segment = one_machine
@@ -241,26 +270,29 @@ impl<'a> Host<'a> {
         };
         let body = encode(&roster)?;
         let mut controls: Vec<_> = (0..roster.seats.len()).map(|_| None).collect();
-        for (rank, stream) in self.streams {
+        for (rank, (stream, known)) in self.streams {
+            let sealed = seal_roster(&key, &known, &body);
             // A rank that is gone by now shows as a closed connection to whoever watches it next.
-            if let Err(e) = wire::write_frame(&stream, Kind::Roster, &body) {
+            if let Err(e) = wire::write_frame(&stream, Kind::Roster, &sealed) {
                 tracing::debug!("rank {rank} did not get the list of ranks: {e}");
             }
             controls[rank] = Some(stream);
         }
         Ok(Met {
             roster,
+            key,
             controls,
             listener: self.data,
-            rank_0_ip: IpAddr::from([127, 0, 0, 1]),
+            // Nobody is before rank 0: it connects to no one.
+            rank_0_ip: IpAddr::from(Ipv6Addr::LOCALHOST),
             segment,
         })
     }
 }
 
-fn control_listener(world: &World) -> Result<Arc<TcpListener>> {
+fn control_listeners(world: &World) -> Result<Arc<Vec<TcpListener>>> {
     let (host, ports) = match &world.rendezvous {
-        Rendezvous::Listening(listener) => return Ok(listener.clone()),
+        Rendezvous::Listening(listeners) => return Ok(listeners.clone()),
         Rendezvous::At { host, ports } => (host, ports),
         Rendezvous::None | Rendezvous::Unknown(_) => {
             return Err(Error::failed("there is no address to meet at"));
@@ -268,10 +300,10 @@ fn control_listener(world: &World) -> Result<Arc<TcpListener>> {
     };
     let mut reasons = Vec::new();
     for &port in ports {
-        match listen(is_loopback(host), port) {
-            Ok(listener) => {
+        match listen(world, host, port) {
+            Ok(listeners) => {
                 tracing::debug!("rank 0 listens at {host}:{port}");
-                return Ok(Arc::new(listener));
+                return Ok(Arc::new(listeners));
             }
             Err(e) => {
                 if e.kind() == io::ErrorKind::AddrInUse && another_rank_0(world, host, port) {
@@ -280,20 +312,119 @@ fn control_listener(world: &World) -> Result<Arc<TcpListener>> {
                          start one run at a time, or give each its own --rendezvous"
                     )));
                 }
-                reasons.push(format!("{port}: {e}"));
+                reasons.push((port, e.to_string()));
             }
         }
     }
     Err(Error::failed(format!(
         "rank 0 cannot listen on any of its ports on {host} ({}): give --rendezvous HOST:PORT with a free port",
-        reasons.join("; ")
+        list_reasons(&reasons)
     )))
+}
+
+/// `20001 and 7 others: Address already in use` where all say the same.
+fn list_reasons(reasons: &[(u16, String)]) -> String {
+    match reasons {
+        [(port, why), rest @ ..] if !rest.is_empty() && rest.iter().all(|(_, w)| w == why) => {
+            format!("{port} and {} others: {why}", rest.len())
+        }
+        _ => {
+            let each = reasons.iter().map(|(port, why)| format!("{port}: {why}"));
+            each.collect::<Vec<_>>().join("; ")
+        }
+    }
+}
+
+/// Listens where `host` leads to, and nowhere else.
+fn listen(world: &World, host: &str, port: u16) -> io::Result<Vec<TcpListener>> {
+    if host == LOCALHOST {
+        return Ok(vec![listen_here(port)?]);
+    }
+    let addresses = resolve(host, port).unwrap_or_default();
+    let only_here = addresses.iter().all(|a| a.ip().is_loopback());
+    let is_a_name = host.parse::<IpAddr>().is_err();
+    // On the machine itself its name may lead to 127.0.1.1, as Debian has it, while the others reach it by an address
+    // of the network.
+    if only_here && is_a_name && world.one_machine() != Some(true) {
+        return Ok(vec![listen_everywhere(port)?]);
+    }
+    let mut listeners = Vec::new();
+    for address in addresses {
+        if address.ip().is_loopback() && !only_here {
+            continue;
+        }
+        match listen_at(address) {
+            Ok(listener) => listeners.push(listener),
+            Err(e) if e.kind() == io::ErrorKind::AddrNotAvailable => {}
+            Err(e) => return Err(e),
+        }
+    }
+    // None of them is this machine's own: they lead here by a translation, or not at all.
+    if listeners.is_empty() {
+        listeners.push(listen_everywhere(port)?);
+    }
+    Ok(listeners)
 }
 
 /// Whether the listener on a port that should be ours is a rank 0 of the same run.
 fn another_rank_0(world: &World, host: &str, port: u16) -> bool {
-    let Ok(address) = resolve(host, port) else {
+    let Ok(addresses) = resolve(host, port) else {
         return false;
     };
-    connect(&address, world, ANSWER_TIME).is_ok()
+    let ours: Vec<SocketAddr> = addresses
+        .into_iter()
+        .filter(|&address| !owner::a_stranger_listens_at(address))
+        .collect();
+    connect(&ours, world, ANSWER_TIME).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::Source;
+
+    fn addresses(host: &str, local_size: Option<usize>) -> Vec<IpAddr> {
+        let world = World {
+            size: 2,
+            local_size,
+            source: Source::Flags,
+            ..World::alone()
+        };
+        let listeners = listen(&world, host, 0).unwrap();
+        let ip = |l: &TcpListener| l.local_addr().unwrap().ip();
+        listeners.iter().map(ip).collect()
+    }
+
+    #[test]
+    fn rank_0_listens_where_its_name_leads_to() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        for local_size in [None, Some(1), Some(2)] {
+            assert_eq!(addresses("127.0.1.1", local_size), [ip("127.0.1.1")]);
+            assert!(addresses(LOCALHOST, local_size)[0].is_loopback());
+        }
+        if TcpListener::bind("[::1]:0").is_ok() {
+            assert_eq!(addresses("::1", None), [ip("::1")]);
+        }
+        // None of this machine's own addresses (kept for documents), or no name at all.
+        for host in ["192.0.2.1", "no-such-name.invalid"] {
+            assert!(addresses(host, Some(1))[0].is_unspecified(), "{host}");
+        }
+    }
+
+    #[test]
+    fn equal_reasons_are_told_once() {
+        let reasons = |list: &[(u16, &str)]| {
+            let list: Vec<_> = list.iter().map(|(p, w)| (*p, (*w).to_owned())).collect();
+            list_reasons(&list)
+        };
+        assert_eq!(reasons(&[(7, "in use")]), "7: in use");
+        assert_eq!(
+            reasons(&[(7, "in use"), (8, "in use"), (9, "in use")]),
+            "7 and 2 others: in use"
+        );
+        assert_eq!(
+            reasons(&[(7, "in use"), (8, "denied")]),
+            "7: in use; 8: denied"
+        );
+    }
 }

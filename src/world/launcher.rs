@@ -6,7 +6,7 @@
 //! would describe their daemons, and the bare `PMI_RANK` and `RANK`, which a job script may have exported for
 //! other ends, come after it.
 
-use super::{MAX_RANKS, Rendezvous, Source, World, WorldFlags, hostlist, spawn};
+use super::{LOCALHOST, MAX_RANKS, Rendezvous, Source, World, WorldFlags, hostlist, spawn};
 use crate::{Error, Result};
 
 /// Ports derived from a job's name lie here: above the services, below the kernel's range for outgoing connections.
@@ -93,10 +93,14 @@ fn slurm_step(env: Env) -> Result<Option<World>> {
         .and_then(|(node, counts)| hostlist::tasks_on_node(&counts, node));
     let job = env("SLURM_JOB_ID").unwrap_or_default();
     let name = ["slurm", &job, &step.to_string()];
-    let host = match first_node(env, &["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"])? {
-        Some((_, 1)) => Some("127.0.0.1".to_owned()),
-        Some((first, _)) => Some(first),
-        None => None,
+    let node = first_node(env, &["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"])?;
+    if matches!(node, Some((_, 1))) {
+        world.local_size = Some(world.size);
+    }
+    let host = if world.one_machine() == Some(true) {
+        Some(LOCALHOST.to_owned())
+    } else {
+        node.map(|(first, _)| first).or_else(|| env("MASTER_ADDR"))
     };
     world.meet_at(host, &name);
     Ok(Some(world))
@@ -241,7 +245,7 @@ impl World {
         let slurm_job = env("SLURM_JOB_ID").unwrap_or_default();
         let here = self.local_size == Some(self.size);
         let host = if here {
-            Some("127.0.0.1".to_owned())
+            Some(LOCALHOST.to_owned())
         } else if let Some(host) = env("MASTER_ADDR") {
             Some(host)
         } else {
@@ -328,9 +332,12 @@ pub(super) fn host_and_port(address: &str) -> Result<(String, u16)> {
 fn candidate_ports(name: &[&str]) -> Vec<u16> {
     let span = u64::from(PORTS.end - PORTS.start);
     let first = hash(name) % span;
-    (0..CANDIDATES)
-        .map(|i| PORTS.start + ((first + i * 97) % span) as u16)
-        .collect()
+    (0..CANDIDATES).map(|i| port_of(first + i * 97)).collect()
+}
+
+/// One of [`PORTS`].
+pub(super) fn port_of(number: u64) -> u16 {
+    PORTS.start + (number % u64::from(PORTS.end - PORTS.start)) as u16
 }
 
 /// FNV-1a: the same in every build, so that ranks of different builds still meet and can say so.

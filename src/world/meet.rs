@@ -1,17 +1,20 @@
 //! The rendezvous: all ranks come to rank 0, say what they found, and get the list of all, or one error.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::door::{Door, listen};
+use super::door::{Door, Rules, listen_for_data};
+use super::handshake::{self, Greeting, Known, Refused, Trust};
 use super::hello::{self, Hello, list_ranks};
 use super::host::Host;
-use super::wire::{self, By, Greeting, Kind};
-use super::{Rendezvous, World};
+use super::secret::{self, Secret};
+use super::spawn::Stopped;
+use super::wire::{self, By, Kind};
+use super::{LOCALHOST, Rendezvous, Source, World};
 use crate::comm::Segment;
 use crate::{Error, Result};
 
@@ -20,6 +23,8 @@ pub(super) const GRACE: Duration = Duration::from_secs(8);
 /// How long a listener on one of several candidate ports may take to show that it is rank 0.
 pub(super) const ANSWER_TIME: Duration = Duration::from_secs(1);
 const CONNECT_TIME: Duration = Duration::from_secs(2);
+/// How long a rank goes on that has reached something at rank 0's place but can prove nothing to it.
+const HOPELESS: Duration = Duration::from_secs(3);
 /// How long the data connections may take once all ranks are here.
 const MESH_TIME: Duration = Duration::from_secs(10);
 
@@ -47,9 +52,13 @@ pub(super) struct Roster {
     pub segment: Option<i32>,
 }
 
+/// What the ranks' data connections know each other by; rank 0 makes it for this run and sends it under each pad.
+pub(super) type SessionKey = [u8; secret::SIZE];
+
 /// All ranks are here and agree; the data connections are still to be made.
 pub(super) struct Met {
     pub roster: Roster,
+    pub key: SessionKey,
     /// On rank 0 one connection to each other rank, on the others one to rank 0; by rank.
     pub controls: Vec<Option<TcpStream>>,
     pub listener: TcpListener,
@@ -69,11 +78,34 @@ pub(super) fn meet(world: &World, hello: Hello, timeout: Duration) -> Result<Met
             Error::Told(error.exit_code())
         });
     }
-    if world.rank == 0 {
-        Host::new(world, hello, timeout)?.run()
-    } else {
-        join(world, hello, timeout)
+    let without_secret = world.one_machine() == Some(false) && world.secret.missing().is_some();
+    match (world.rank, without_secret) {
+        (0, false) => Host::new(world, hello, timeout)?.run(),
+        (0, true) => Err(no_secret(&world.secret)),
+        // Rank 0 of a local run is there as long as this rank is, and has the terminal.
+        (_, false) if world.source == Source::Local && hello.error.is_none() => {
+            join(world, hello, timeout).map_err(|e| {
+                tracing::debug!("{e}");
+                Error::Told(e.exit_code())
+            })
+        }
+        (_, false) => join(world, hello, timeout),
+        // Rank 0 most likely says it for all; if it has a secret all the same, this rank has to say it.
+        (_, true) => match join(world, hello, timeout.min(HOPELESS)) {
+            Err(Error::Failed(line)) if !line.contains(secret::VARIABLE) => Err(Error::Told(1)),
+            other => other,
+        },
     }
+}
+
+/// The ranks are on several machines, and have nothing to know each other by.
+fn no_secret(secret: &Secret) -> Error {
+    Error::failed(format!(
+        "ranks on several machines need a secret to know each other by ({}): \
+         set {} to the same random text on every rank, or let them share a home",
+        secret.missing().unwrap_or_default(),
+        secret::VARIABLE
+    ))
 }
 
 /// The last word of rank 0: exit code and line.
@@ -123,13 +155,11 @@ fn join(world: &World, hello: Hello, timeout: Duration) -> Result<Met> {
             end_of_stream(&e)
         )))
     };
-    let stream = find_rank_0(world, timeout).map_err(speak_for_itself)?;
+    let (stream, known) = find_rank_0(world, timeout).map_err(speak_for_itself)?;
     let address = stream.peer_addr().map_err(lost)?;
     let rank_0_ip = address.ip().to_canonical();
-    let Rendezvous::At { host, .. } = &world.rendezvous else {
-        return Err(Error::failed("there is no address to meet at"));
-    };
-    let listener = listen(is_loopback(host), 0).map_err(lost)?;
+    let ip = stream.local_addr().map_err(lost)?.ip();
+    let listener = listen_for_data(ip, world.stays_here()).map_err(lost)?;
     let card = Card {
         data_port: listener.local_addr().map_err(lost)?.port(),
         hello: hello.clone(),
@@ -137,18 +167,20 @@ fn join(world: &World, hello: Hello, timeout: Duration) -> Result<Met> {
     wire::tune(&stream).map_err(lost)?;
     wire::write_frame(&stream, Kind::Hello, &encode(&card)?).map_err(lost)?;
     // Rank 0 may have come last, and gives the others its whole time-out.
+    let deadline = Instant::now() + timeout + GRACE;
+    wait_for_answer(world, &stream, deadline)?;
     let mut reader = By {
         stream: &stream,
-        deadline: Instant::now() + timeout + GRACE,
+        deadline,
     };
     let (kind, body) = wire::read_frame(&mut &mut reader, wire::MAX_FRAME).map_err(lost)?;
-    let roster = match kind {
+    let (key, roster) = match kind {
         Kind::Fail => {
             let verdict: Verdict = decode(&body)?;
             tracing::debug!("rank 0 says: {}", verdict.line);
             return Err(Error::Told(verdict.code));
         }
-        Kind::Roster => decode::<Roster>(&body)?,
+        Kind::Roster => open_roster(&body, &known)?,
         _ => {
             return Err(Error::failed(
                 "rank 0 sent something else than the list of ranks",
@@ -164,6 +196,7 @@ fn join(world: &World, hello: Hello, timeout: Duration) -> Result<Met> {
     controls[0] = Some(stream);
     Ok(Met {
         roster,
+        key,
         controls,
         listener,
         rank_0_ip,
@@ -171,28 +204,69 @@ fn join(world: &World, hello: Hello, timeout: Duration) -> Result<Met> {
     })
 }
 
-fn find_rank_0(world: &World, timeout: Duration) -> Result<TcpStream> {
+/// Rank 0's answer to all: the session's key under the receiver's pad, and the list of ranks.
+pub(super) fn seal_roster(key: &SessionKey, known: &Known, roster: &[u8]) -> Vec<u8> {
+    let hidden = key.iter().zip(&known.pad).map(|(key, pad)| key ^ pad);
+    hidden.chain(roster.iter().copied()).collect()
+}
+
+fn open_roster(body: &[u8], known: &Known) -> Result<(SessionKey, Roster)> {
+    let (hidden, roster) = body
+        .split_first_chunk::<{ secret::SIZE }>()
+        .ok_or_else(|| Error::failed("rank 0 sent a list of ranks without a key"))?;
+    let mut key = *hidden;
+    key.iter_mut().zip(&known.pad).for_each(|(k, p)| *k ^= p);
+    Ok((key, decode(roster)?))
+}
+
+/// Looks after rank 0's process meanwhile, where this rank is its child.
+fn wait_for_answer(world: &World, stream: &TcpStream, deadline: Instant) -> Result<()> {
+    let Some(mut rank_0) = Stopped::parent_of(world) else {
+        return Ok(());
+    };
+    let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
+    while Instant::now() < deadline {
+        match stream.peek(&mut [0]) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            _ => break,
+        }
+        rank_0.check()?;
+    }
+    Ok(())
+}
+
+fn find_rank_0(world: &World, timeout: Duration) -> Result<(TcpStream, Known)> {
     let Rendezvous::At { host, ports } = &world.rendezvous else {
         return Err(Error::failed("there is no address to meet at"));
     };
-    let deadline = Instant::now() + timeout;
+    let mut deadline = Instant::now() + timeout;
     let mut pause = Duration::from_millis(10);
     let mut reason = String::new();
+    let mut parent = Stopped::parent_of(world);
     while Instant::now() < deadline {
         for &port in ports {
             let left = deadline.saturating_duration_since(Instant::now());
             // With one port, whoever listens may just be slow; with several, the next one may be right.
-            let patience = if ports.len() == 1 {
-                left
-            } else {
-                left.min(ANSWER_TIME)
+            let patience = match (ports.len(), &parent) {
+                (1, None) => left,
+                _ => left.min(ANSWER_TIME),
             };
-            let tried = resolve(host, port).and_then(|a| connect(&a, world, patience));
-            match tried {
-                Ok(stream) => return Ok(stream),
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
-                Err(e) => reason = format!(" (port {port}: {e})"),
+            match resolve(host, port)
+                .map_err(Refused::Io)
+                .and_then(|a| connect(&a, world, patience))
+            {
+                Ok(met) => return Ok(met),
+                Err(Refused::Io(e)) if e.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(why) => {
+                    if matches!(why, Refused::Unproved(_)) && world.secret.missing().is_some() {
+                        deadline = deadline.min(Instant::now() + HOPELESS);
+                    }
+                    reason = reason_of(port, &why);
+                }
             }
+        }
+        if let Some(parent) = &mut parent {
+            parent.check()?;
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(200));
@@ -208,9 +282,26 @@ fn find_rank_0(world: &World, timeout: Duration) -> Result<TcpStream> {
     )))
 }
 
+fn reason_of(port: u16, why: &Refused) -> String {
+    match why {
+        Refused::Unproved(why) => format!(
+            " (what listens at port {port} could not be known: {why}): set {} to the same random text on every rank",
+            secret::VARIABLE
+        ),
+        other => format!(" (port {port}: {other})"),
+    }
+}
+
+/// Where `host` is, IPv4 first: a cluster's IPv6 names often lead nowhere.
 pub(super) fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    if host == LOCALHOST {
+        let both = [
+            IpAddr::from(Ipv4Addr::LOCALHOST),
+            Ipv6Addr::LOCALHOST.into(),
+        ];
+        return Ok(both.map(|ip| SocketAddr::new(ip, port)).to_vec());
+    }
     let mut addresses: Vec<SocketAddr> = (host, port).to_socket_addrs()?.collect();
-    // IPv4 first: a cluster's IPv6 names often lead nowhere.
     addresses.sort_by_key(|a| a.is_ipv6());
     Ok(addresses)
 }
@@ -219,18 +310,27 @@ pub(super) fn connect(
     addresses: &[SocketAddr],
     world: &World,
     patience: Duration,
-) -> io::Result<TcpStream> {
+) -> Result<(TcpStream, Known), Refused> {
     let greeting = Greeting::new(world.token, world.rank, world.size);
-    let mut last = io::Error::other("no address");
+    let trust = Trust {
+        secret: world.secret.clone(),
+        owner: true,
+    };
+    let mut last = Refused::Io(io::ErrorKind::ConnectionRefused.into());
     for address in addresses {
         let limit = patience.clamp(Duration::from_millis(1), CONNECT_TIME);
-        let tried = TcpStream::connect_timeout(address, limit).and_then(|stream| {
-            wire::greet(&stream, &greeting, patience.max(Duration::from_millis(1)))?;
-            Ok(stream)
-        });
+        let tried = TcpStream::connect_timeout(address, limit)
+            .map_err(Refused::Io)
+            .and_then(|stream| {
+                let patience = patience.max(Duration::from_millis(1));
+                let known = handshake::greet(&stream, &greeting, &trust, patience)?;
+                Ok((stream, known))
+            });
         match tried {
-            Ok(stream) => return Ok(stream),
-            Err(e) => last = e,
+            Ok(met) => return Ok(met),
+            // Of several addresses, what was found at one says more than that another is silent.
+            Err(Refused::Io(_)) if !matches!(last, Refused::Io(_)) => {}
+            Err(why) => last = why,
         }
     }
     Err(last)
@@ -259,18 +359,25 @@ impl Met {
         let deadline = Instant::now() + MESH_TIME;
         let left = || deadline.saturating_duration_since(Instant::now());
         let mut peers: Vec<Option<TcpStream>> = (0..size).map(|_| None).collect();
-        let listener = Arc::new(self.listener);
-        let door = Door::new(listener, session, false)
+        // The session's key is known to its ranks alone, wherever they are.
+        let trust = Trust {
+            secret: Secret::of_key(self.key),
+            owner: false,
+        };
+        let rules = Rules {
+            token: session,
+            trust: trust.clone(),
+            with_hello: false,
+        };
+        let door = Door::new(Arc::new(vec![self.listener]), rules)
             .map_err(|e| Error::failed(format!("cannot listen: {e}")))?;
         for (other, seat) in seats.iter().enumerate().take(rank) {
             let address = SocketAddr::new(seat.ip.unwrap_or(self.rank_0_ip), seat.data_port);
+            let greeting = Greeting::new(session, rank, size);
             let stream = TcpStream::connect_timeout(&address, left().max(CONNECT_TIME))
+                .map_err(Refused::Io)
                 .and_then(|s| {
-                    wire::greet(
-                        &s,
-                        &Greeting::new(session, rank, size),
-                        left().max(ANSWER_TIME),
-                    )?;
+                    handshake::greet(&s, &greeting, &trust, left().max(ANSWER_TIME))?;
                     wire::tune(&s)?;
                     Ok(s)
                 })
@@ -301,10 +408,6 @@ impl Met {
     }
 }
 
-pub(super) fn is_loopback(host: &str) -> bool {
-    host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
-}
-
 /// Whether the peer is gone; leaves the stream as it was.
 pub(super) fn has_closed(stream: &TcpStream) -> bool {
     let _ = stream.set_nonblocking(true);
@@ -321,12 +424,6 @@ fn end_of_stream(e: &io::Error) -> String {
         io::ErrorKind::UnexpectedEof => "its connection closed".into(),
         _ => e.to_string(),
     }
-}
-
-/// Random enough to tell sessions apart; no secret hangs on it.
-pub(super) fn random() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(std::process::id())
 }
 
 pub(super) fn encode(value: &impl Serialize) -> Result<Vec<u8>> {

@@ -9,14 +9,19 @@
 
 mod door;
 mod group;
+mod handshake;
 mod hello;
 mod host;
 mod hostlist;
 mod launcher;
+mod limits;
+mod link;
 mod meet;
 mod monitor;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod owner;
+mod secret;
 mod signals;
 mod spawn;
 #[cfg(test)]
@@ -24,12 +29,16 @@ mod tests;
 mod wire;
 mod wishes;
 
-use std::net::TcpListener;
+#[cfg(test)]
+pub(crate) use tests::as_another_user;
+
+use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use group::{End, Group, MeetOptions};
 pub use hello::Hello;
+pub use secret::Secret;
 pub use spawn::{Children, ends_with_this_thread};
 pub use wishes::last_wish;
 
@@ -40,6 +49,9 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// More ranks than any tensor-parallel run has use for; a larger number is a mistake.
 pub const MAX_RANKS: usize = 1024;
+
+/// This machine, by whichever of its own addresses it has.
+const LOCALHOST: &str = "localhost";
 
 /// What the command line says about the world; every field is optional.
 #[derive(Debug, Clone, Default)]
@@ -78,8 +90,8 @@ pub enum Source {
 pub enum Rendezvous {
     /// One rank: nowhere.
     None,
-    /// Rank 0 of a local run holds its socket already.
-    Listening(Arc<TcpListener>),
+    /// Rank 0 of a local run holds its sockets already.
+    Listening(Arc<Vec<TcpListener>>),
     /// At the first of these ports, on this host, where rank 0 can listen.
     At {
         /// Host name or address of rank 0.
@@ -108,6 +120,8 @@ pub struct World {
     pub rendezvous: Rendezvous,
     /// Names this run, so that another run's ranks on the same machines are told from ours. Not a secret.
     pub token: u64,
+    /// What ranks on several machines know each other by.
+    pub secret: Secret,
     /// The processes that rank 0 of a local run started.
     pub children: Option<Arc<Children>>,
 }
@@ -123,6 +137,7 @@ impl World {
             source: Source::Alone,
             rendezvous: Rendezvous::None,
             token: 0,
+            secret: Secret::none("there is one rank"),
             children: None,
         }
     }
@@ -133,10 +148,14 @@ impl World {
     /// the rest.
     ///
     /// # Errors
-    /// Malformed or contradictory numbers, named with their variable.
+    /// Malformed or contradictory numbers, named with their variable; a `TANDEM_SECRET` that is too short.
     pub fn detect(flags: &WorldFlags, env: &dyn Fn(&str) -> Option<String>) -> Result<World> {
-        if flags.ranks == Some(0) {
-            return Err(Error::usage("--ranks 0: at least 1"));
+        match flags.ranks {
+            Some(0) => return Err(Error::usage("--ranks 0: at least 1")),
+            Some(n) if n > MAX_RANKS => {
+                return Err(Error::usage(format!("--ranks {n}: at most {MAX_RANKS}")));
+            }
+            _ => {}
         }
         let mut world = launcher::detect(flags, env)?;
         if world.size > MAX_RANKS {
@@ -155,6 +174,12 @@ impl World {
                 };
             }
         }
+        if world.size > 1 && world.source != Source::Local {
+            world.secret = Secret::find(env)?;
+            if flags.rendezvous.is_none() {
+                world.add_unforeseeable_ports();
+            }
+        }
         match flags.ranks {
             Some(n) if world.size > 1 && n != world.size => Err(Error::usage(format!(
                 "--ranks {n} starts processes on one machine, but this is already rank {} of {} ({}): leave --ranks out",
@@ -164,6 +189,33 @@ impl World {
             ))),
             _ => Ok(world),
         }
+    }
+
+    /// Further ports that nobody can hold beforehand, for when all of those that follow from the job are taken.
+    fn add_unforeseeable_ports(&mut self) {
+        let numbers = self.secret.numbers(b"tandem: ports", self.token);
+        if let (Rendezvous::At { ports, .. }, Some(numbers)) = (&mut self.rendezvous, numbers) {
+            ports.extend(
+                numbers
+                    .iter()
+                    .take(8)
+                    .map(|n| launcher::port_of(u64::from(*n))),
+            );
+        }
+    }
+
+    /// Whether all ranks are on this machine, where the launcher says it.
+    fn one_machine(&self) -> Option<bool> {
+        self.local_size.map(|here| here == self.size)
+    }
+
+    /// Whether no rank can be on another machine, so that this one alone need reach its data connections.
+    fn stays_here(&self) -> bool {
+        let literal = match &self.rendezvous {
+            Rendezvous::At { host, .. } => host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback()),
+            _ => false,
+        };
+        self.one_machine().unwrap_or(literal)
     }
 
     /// [`World::detect`] with this process's environment, and for `--ranks N` the start of the other N - 1.

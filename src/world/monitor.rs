@@ -4,28 +4,41 @@
 //! once, whatever the main thread is doing. What is wrong is settled on rank 0: it waits a moment for the others
 //! to say their part, picks the cause (what a rank said before what a closed connection suggests, the lowest
 //! rank first), tells all, and shows it. When rank 0 itself ends without a word, each rank speaks for itself.
+//!
+//! A rank that is stopped, or whose machine is gone, closes nothing. So each rank has one more thread, which sends
+//! a sign of life every second, whatever the main thread is doing, and counts how long the others have sent none. It
+//! counts its own turns, not the time: while this process is stopped itself, it blames nobody.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::group::{End, MeetOptions};
 use super::hello::{self, Failure};
+use super::link::{Link, Listening};
 use super::meet::Verdict;
 use super::wire::{self, Kind};
-use super::{Children, World, signals};
+use super::{Children, Source, World, signals, spawn};
 use crate::{Error, Result};
 
 /// How long rank 0 listens for further causes before it decides which one counts.
-const SETTLE: Duration = Duration::from_millis(400);
+pub(super) const SETTLE: Duration = Duration::from_millis(400);
 /// How long rank 0 waits until the others have heard the verdict and gone.
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 /// How long a failing rank waits for rank 0's verdict.
 pub(super) const HEARING: Duration = Duration::from_secs(4);
 /// How long rank 0 waits for the others at the orderly end.
 const GOODBYE: Duration = Duration::from_secs(10);
+/// Time between two signs of life, one turn of the watching thread.
+const TURN: Duration = Duration::from_secs(1);
+/// So many turns without a sign of life, and a rank counts as lost: more than a loaded machine makes a thread wait.
+const SILENCE: u32 = 14;
+/// How long a message may wait for a rank that reads nothing: until its silence has been noticed.
+const UNREAD: Duration = Duration::from_secs(2 * SILENCE as u64);
 
 /// What the main thread and the threads of the connections share.
 pub(super) struct Shared {
@@ -34,16 +47,14 @@ pub(super) struct Shared {
     /// Rank 0: to every other rank. The others: to rank 0. By rank.
     pub links: Vec<Option<Link>>,
     children: Option<Arc<Children>>,
+    /// Rank 0's process has started this one.
+    is_child: bool,
+    settle: Duration,
     end: End,
+    /// Turns of the watching thread.
+    turns: AtomicU32,
     state: Mutex<State>,
     changed: Condvar,
-}
-
-/// A control connection.
-pub(super) struct Link {
-    stream: TcpStream,
-    /// One frame at a time.
-    writing: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -52,6 +63,10 @@ struct State {
     causes: BTreeMap<usize, Cause>,
     /// Somebody is ending this process; whoever comes later leaves it to them.
     claimed: bool,
+    /// Rank 0: the watching thread is to decide on one error and end the run.
+    to_decide: bool,
+    /// There is nothing left to watch.
+    over: bool,
     /// A signal ends this process, as soon as rank 0 has told the others.
     signalled: bool,
     /// Rank 0 has told the others.
@@ -70,15 +85,15 @@ enum Cause {
         line: String,
     },
     Lost {
-        how: &'static str,
+        how: String,
     },
     /// Nothing to show (a signal, a closed pipe): everybody leaves with this code.
     Quiet(u8),
 }
 
 /// A closed connection is an ended process; one that times out is an ended machine or network.
-fn how_it_ended(peer: usize, error: Option<std::io::Error>) -> &'static str {
-    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+fn how_it_ended(peer: usize, error: Option<io::Error>) -> &'static str {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     let Some(error) = error else {
         return "sent something that is no message";
     };
@@ -89,28 +104,24 @@ fn how_it_ended(peer: usize, error: Option<std::io::Error>) -> &'static str {
     }
 }
 
-impl Link {
-    pub fn send(&self, kind: Kind, body: &[u8]) -> std::io::Result<()> {
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        wire::write_frame(&self.stream, kind, body)
-    }
-}
-
 impl Shared {
     pub fn new(
         rank: usize,
         hosts: Vec<String>,
         links: Vec<Option<Link>>,
-        children: Option<Arc<Children>>,
-        end: End,
+        world: &World,
+        options: &MeetOptions,
     ) -> Self {
         let size = hosts.len();
         Shared {
             rank,
             hosts,
             links,
-            children,
-            end,
+            children: world.children.clone(),
+            is_child: world.source == Source::Local && rank > 0,
+            settle: options.settle,
+            end: options.end.clone(),
+            turns: AtomicU32::new(0),
             state: Mutex::new(State {
                 bye: vec![false; size],
                 gone: vec![false; size],
@@ -126,26 +137,16 @@ impl Shared {
         controls: Vec<Option<TcpStream>>,
         options: &MeetOptions,
     ) -> Result<(Arc<Self>, Receiver<Vec<u8>>)> {
-        let failed = |e: std::io::Error| Error::failed(format!("cannot watch the ranks: {e}"));
+        let failed = |e: io::Error| Error::failed(format!("cannot watch the ranks: {e}"));
         let mut links = Vec::new();
         for stream in controls {
             if let Some(stream) = &stream {
                 stream.set_read_timeout(None).map_err(failed)?;
-                stream.set_write_timeout(Some(HEARING)).map_err(failed)?;
+                stream.set_write_timeout(Some(UNREAD)).map_err(failed)?;
             }
-            links.push(stream.map(|stream| Link {
-                stream,
-                writing: Mutex::new(()),
-            }));
+            links.push(stream.map(Link::new));
         }
-        let end = options.end.clone();
-        let shared = Arc::new(Shared::new(
-            world.rank,
-            hosts,
-            links,
-            world.children.clone(),
-            end,
-        ));
+        let shared = Arc::new(Shared::new(world.rank, hosts, links, world, options));
         let (sender, inbox) = channel();
         for peer in 0..shared.links.len() {
             if shared.links[peer].is_some() {
@@ -156,6 +157,11 @@ impl Shared {
                     .map_err(failed)?;
             }
         }
+        let watching = shared.clone();
+        std::thread::Builder::new()
+            .name("watch".into())
+            .spawn(move || watching.watch())
+            .map_err(failed)?;
         if options.signals {
             let shared = shared.clone();
             signals::watch(move |signal| shared.leave_by(signal)).map_err(failed)?;
@@ -200,8 +206,13 @@ impl Shared {
             return;
         };
         let mut inbox = Some(inbox);
+        let mut listening = Listening {
+            link,
+            turns: &self.turns,
+        };
         loop {
-            match wire::read_frame(&link.stream, wire::MAX_FRAME) {
+            match wire::read_frame(&mut listening, wire::MAX_FRAME) {
+                Ok((Kind::Beat, _)) => {}
                 Ok((Kind::Data, message)) if self.rank != 0 => {
                     if let Some(inbox) = &inbox {
                         let _ = inbox.send(message);
@@ -246,10 +257,69 @@ impl Shared {
         }
         drop(state);
         if self.rank == 0 {
+            let how = how.to_owned();
             self.report(peer, Cause::Lost { how });
         } else if self.claim() {
             (self.end)(&self.without_a_word(peer, how));
         }
+    }
+
+    /// The thread that shows that this rank is alive, notices who is not, and on rank 0 decides: when it comes to
+    /// that, there may be no thread to be had.
+    fn watch(self: Arc<Self>) {
+        loop {
+            let state = self.wait(TURN, |state| state.to_decide || state.over);
+            let (to_decide, over) = (state.to_decide, state.over || state.claimed);
+            drop(state);
+            if to_decide {
+                let error = self.decide();
+                if !self.lock().signalled {
+                    (self.end)(&error);
+                }
+            }
+            if to_decide || over {
+                return;
+            }
+            let turn = 1 + self.turns.fetch_add(1, Ordering::Relaxed);
+            for (peer, link) in self.links.iter().enumerate() {
+                let Some(link) = link else { continue };
+                link.offer(Kind::Beat, &[]);
+                let silent = turn.wrapping_sub(link.heard.load(Ordering::Relaxed));
+                if silent >= SILENCE {
+                    self.missed(peer);
+                }
+            }
+        }
+    }
+
+    /// A rank has shown no sign of life for too long.
+    fn missed(self: &Arc<Self>, peer: usize) {
+        let mut state = self.lock();
+        if state.bye[peer] || state.gone[peer] || state.verdict.is_some() || state.claimed {
+            return;
+        }
+        // Rank 0 waits for it no longer; the others may yet get it going.
+        state.gone[peer] = self.rank == 0;
+        drop(state);
+        let how = format!(
+            "has shown no sign of life for {} s (stopped, or its machine is down?)",
+            (SILENCE * TURN).as_secs()
+        );
+        if self.rank == 0 {
+            return self.report(peer, Cause::Lost { how });
+        }
+        if !self.claim() {
+            return;
+        }
+        let error = self.without_a_word(peer, &how);
+        if self.is_child {
+            // Rank 0 has the terminal: it goes on, to show what has ended the run.
+            spawn::resume_parent();
+            if let Some(code) = self.ask_rank_0(&Verdict::of(&error)) {
+                return (self.end)(&Error::Told(code));
+            }
+        }
+        (self.end)(&error);
     }
 
     fn without_a_word(&self, rank: usize, how: &str) -> Error {
@@ -261,27 +331,19 @@ impl Shared {
         }
     }
 
-    /// Rank 0: notes a cause; the first one calls for a verdict.
+    /// Rank 0: notes a cause; the first one calls for a verdict. Whoever reports goes on listening, to see the others
+    /// leave.
     fn report(self: &Arc<Self>, rank: usize, cause: Cause) {
         self.change(|state| {
             state.causes.entry(rank).or_insert(cause);
+            state.to_decide |= !std::mem::replace(&mut state.claimed, true);
         });
-        if self.claim() {
-            let shared = self.clone();
-            // On a thread of its own: this one goes on listening, to see the others leave.
-            std::thread::spawn(move || {
-                let error = shared.decide();
-                if !shared.lock().signalled {
-                    (shared.end)(&error);
-                }
-            });
-        }
     }
 
     /// Rank 0: settles on one error, tells all, waits until they have gone.
     fn decide(&self) -> Error {
         let quiet = |state: &State| matches!(state.causes.get(&0), Some(Cause::Quiet(_)));
-        let state = self.wait(SETTLE, |state| {
+        let state = self.wait(self.settle, |state| {
             quiet(state) || state.causes.len() == self.hosts.len()
         });
         let (mut said, mut ended, mut lost) = (Vec::new(), None, None);
@@ -298,7 +360,7 @@ impl Shared {
                     code: *code,
                     line: line.clone(),
                 }),
-                Cause::Lost { how } => lost = Some((rank, *how)),
+                Cause::Lost { how } => lost = Some((rank, how.clone())),
                 Cause::Quiet(_) => {}
             }
         }
@@ -311,7 +373,7 @@ impl Shared {
             .map(Error::Told)
             .or_else(|| hello::root_cause(&said, self.hosts.len()))
             .or(ended)
-            .or_else(|| lost.map(|(rank, how)| self.without_a_word(rank, how)))
+            .or_else(|| lost.map(|(rank, how)| self.without_a_word(rank, &how)))
             .unwrap_or_else(|| Error::failed("the run has ended"));
         self.tell_all(&error);
         self.change(|state| state.told = true);
@@ -322,8 +384,14 @@ impl Shared {
         let Ok(body) = postcard::to_allocvec(&Verdict::of(error)) else {
             return;
         };
-        for link in self.links.iter().flatten() {
-            if let Err(e) = link.send(Kind::Fail, &body) {
+        let gone = self.lock().gone.clone();
+        for (rank, link) in self.links.iter().enumerate() {
+            let Some(link) = link else { continue };
+            let _ = link.stream.set_write_timeout(Some(FAREWELL));
+            // One that is stopped reads it when it goes on.
+            if gone[rank] {
+                link.offer(Kind::Fail, &body);
+            } else if let Err(e) = link.send(Kind::Fail, &body) {
                 tracing::debug!("a rank could not be told: {e}");
             }
             let _ = link.stream.shutdown(std::net::Shutdown::Write);
@@ -397,6 +465,7 @@ impl Shared {
                 let _ = link.send(Kind::Bye, &[]);
             }
             drop(self.wait(GOODBYE, |state| state.bye[0] || state.gone[0]));
+            self.change(|state| state.over = true);
             return Ok(());
         }
         let all = |state: &State| state.bye.iter().skip(1).all(|bye| *bye);
@@ -404,6 +473,7 @@ impl Shared {
             tracing::debug!("not every rank has said goodbye");
         }
         self.lock().bye.fill(true);
+        self.change(|state| state.over = true);
         for link in self.links.iter().flatten() {
             let _ = link.send(Kind::Bye, &[]);
         }

@@ -9,7 +9,8 @@ use std::time::Duration;
 use mpi::traits::{Communicator, Root};
 use serde::{Deserialize, Serialize};
 
-use super::{Rendezvous, Source, World, door, hello, meet};
+use super::secret::{self, Secret};
+use super::{LOCALHOST, Rendezvous, Source, World, door, hello};
 use crate::{Error, Result};
 
 /// Room for the encoded [`Address`]; host names have 64 bytes at most.
@@ -20,6 +21,8 @@ struct Address {
     host: String,
     port: u16,
     token: u64,
+    /// MPI's own connections are as private as its launcher makes them; the ranks need no other secret.
+    key: [u8; secret::SIZE],
 }
 
 /// `world` with rank 0's address from MPI, where a process manager that MPI can talk to has started this process.
@@ -38,7 +41,7 @@ pub(super) fn exchange_address(world: &World, timeout: Duration) -> Result<World
     // A rank that never starts keeps MPI waiting for good: a second thread looks at the clock.
     let (done, clock) = channel::<()>();
     let rank = world.rank;
-    std::thread::spawn(move || {
+    let clock = move || {
         if clock.recv_timeout(timeout) == Err(RecvTimeoutError::Timeout) {
             crate::logging::say(format_args!(
                 "tandem: rank {rank}: MPI did not bring the ranks together within {} s",
@@ -46,7 +49,10 @@ pub(super) fn exchange_address(world: &World, timeout: Duration) -> Result<World
             ));
             std::process::exit(1);
         }
-    });
+    };
+    std::thread::Builder::new()
+        .spawn(clock)
+        .map_err(|e| Error::failed(format!("cannot watch MPI's start: {e}")))?;
     let exchanged = broadcast_address(world);
     drop(done);
     exchanged
@@ -80,15 +86,16 @@ fn broadcast_address(world: &World) -> Result<World> {
     let mut listener = None;
     if rank == 0 {
         let failed = |e| Error::failed(format!("cannot listen: {e}"));
-        let bound = door::listen(false, 0).map_err(failed)?;
+        let bound = door::listen_everywhere(0).map_err(failed)?;
         let address = Address {
             host: hello::host_name(),
             port: bound.local_addr().map_err(failed)?.port(),
-            token: meet::random(),
+            token: u64::from_le_bytes(secret::random()?),
+            key: secret::random()?,
         };
         postcard::to_slice(&address, &mut bytes)
             .map_err(|_| Error::failed("this machine's host name is too long"))?;
-        listener = Some(Arc::new(bound));
+        listener = Some(Arc::new(vec![bound]));
     }
     comm.process_at_rank(0).broadcast_into(&mut bytes[..]);
     let address: Address = postcard::from_bytes(&bytes)
@@ -97,11 +104,12 @@ fn broadcast_address(world: &World) -> Result<World> {
     drop(universe);
     Ok(World {
         token: address.token,
+        secret: Secret::of_key(address.key),
         rendezvous: match listener {
             Some(listener) => Rendezvous::Listening(listener),
             None => Rendezvous::At {
                 host: if address.host == hello::host_name() {
-                    "127.0.0.1".to_owned()
+                    LOCALHOST.to_owned()
                 } else {
                     address.host
                 },

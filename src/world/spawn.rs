@@ -6,10 +6,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Rendezvous, Source, World, door, meet};
+use super::{LOCALHOST, Rendezvous, Secret, Source, World, door, limits, secret};
 use crate::{Error, Result};
 
-/// Set for the started ranks alone: `rank size port token`.
+/// Set for the started ranks alone: `rank size port token secret`. Other users cannot read a process's environment.
 const VARIABLE: &str = "TANDEM_LOCAL_RANK";
 
 /// The processes of the other ranks, seen from rank 0.
@@ -20,20 +20,23 @@ pub struct Children(Mutex<Vec<(usize, Child)>>);
 ///
 /// They read nothing, print nothing on stdout, and are killed when this thread ends, however it ends.
 pub(super) fn spawn_ranks(size: usize) -> Result<World> {
-    let failed = |e: io::Error| Error::failed(format!("cannot listen on 127.0.0.1: {e}"));
-    let listener = door::listen(true, 0).map_err(failed)?;
+    limits::allow_ranks_here(size)?;
+    let failed = |e: io::Error| Error::failed(format!("cannot listen on this machine: {e}"));
+    let listener = door::listen_here(0).map_err(failed)?;
     let port = listener.local_addr().map_err(failed)?.port();
-    let token = meet::random();
+    let token = u64::from_le_bytes(secret::random()?);
+    let secret = Secret::random()?;
+    let hex = secret.to_hex();
     let children = Children(Mutex::new(Vec::new()));
     for rank in 1..size {
-        let child = start(&format!("{rank} {size} {port} {token}"))
+        let child = start(&format!("{rank} {size} {port} {token} {hex}"))
             .map_err(|e| Error::failed(format!("cannot start rank {rank} of {size}: {e}")))?;
         children.lock().push((rank, child));
     }
     Ok(World {
-        rendezvous: Rendezvous::Listening(Arc::new(listener)),
+        rendezvous: Rendezvous::Listening(Arc::new(vec![listener])),
         children: Some(Arc::new(children)),
-        ..local_world(0, size, token)
+        ..local_world(0, size, token, secret)
     })
 }
 
@@ -78,12 +81,15 @@ pub(super) fn from_parent(env: &dyn Fn(&str) -> Option<String>) -> Result<Option
     let Some(text) = env(VARIABLE) else {
         return Ok(None);
     };
+    // Its value holds a secret: it is not shown.
     let malformed = || {
         Error::failed(format!(
-            "{VARIABLE} is \"{text}\": it is set by --ranks alone"
+            "{VARIABLE} is malformed: it is set by --ranks alone"
         ))
     };
-    let numbers: Vec<u64> = text
+    let (numbers, secret) = text.rsplit_once(' ').ok_or_else(malformed)?;
+    let secret = Secret::of_hex(secret).ok_or_else(malformed)?;
+    let numbers: Vec<u64> = numbers
         .split(' ')
         .map(str::parse)
         .collect::<Result<_, _>>()
@@ -97,14 +103,14 @@ pub(super) fn from_parent(env: &dyn Fn(&str) -> Option<String>) -> Result<Option
     }
     Ok(Some(World {
         rendezvous: Rendezvous::At {
-            host: "127.0.0.1".into(),
+            host: LOCALHOST.into(),
             ports: vec![port],
         },
-        ..local_world(rank as usize, size as usize, token)
+        ..local_world(rank as usize, size as usize, token, secret)
     }))
 }
 
-fn local_world(rank: usize, size: usize, token: u64) -> World {
+fn local_world(rank: usize, size: usize, token: u64, secret: Secret) -> World {
     World {
         rank,
         size,
@@ -112,6 +118,7 @@ fn local_world(rank: usize, size: usize, token: u64) -> World {
         local_size: Some(size),
         source: Source::Local,
         token,
+        secret,
         ..World::alone()
     }
 }
@@ -170,6 +177,84 @@ impl Children {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
+}
+
+/// How long a process may be stopped before the ranks have met.
+const STANDSTILL: Duration = Duration::from_secs(10);
+/// Looks that this takes at least: this process may have been stopped itself.
+const LOOKS: u32 = 8;
+
+/// A rank's process of a local run, and for how long it has not moved.
+pub(super) struct Stopped {
+    rank: usize,
+    pid: u32,
+    since: Option<Instant>,
+    looks: u32,
+}
+
+impl Stopped {
+    /// Rank 0's process, for a rank that it has started.
+    pub fn parent_of(world: &World) -> Option<Self> {
+        let is_child = world.source == Source::Local && world.rank > 0;
+        is_child.then(|| Stopped::new(0, std::os::unix::process::parent_id()))
+    }
+
+    pub fn children_of(world: &World) -> Vec<Self> {
+        let Some(children) = &world.children else {
+            return Vec::new();
+        };
+        let children = children.lock();
+        let each = children.iter();
+        each.map(|(rank, child)| Stopped::new(*rank, child.id()))
+            .collect()
+    }
+
+    fn new(rank: usize, pid: u32) -> Self {
+        Stopped {
+            rank,
+            pid,
+            since: None,
+            looks: 0,
+        }
+    }
+
+    /// An error once the process has been stopped for too long. A stopped rank 0 is sent on: it shows the error.
+    pub fn check(&mut self) -> Result<()> {
+        if !is_stopped(self.pid) {
+            (self.since, self.looks) = (None, 0);
+            return Ok(());
+        }
+        self.looks += 1;
+        let since = *self.since.get_or_insert_with(Instant::now);
+        if self.looks < LOOKS || since.elapsed() < STANDSTILL {
+            return Ok(());
+        }
+        if self.rank == 0 {
+            // Its own waiting for the ranks ends when it sees this one end.
+            resume_parent();
+            return Err(Error::Told(1));
+        }
+        Err(Error::failed(format!(
+            "rank {} was stopped for {} s before the ranks had met",
+            self.rank,
+            STANDSTILL.as_secs()
+        )))
+    }
+}
+
+/// Lets a stopped rank 0 go on, so that it sees that the run has ended, and says so.
+pub(super) fn resume_parent() {
+    if let Some(parent) = rustix::process::getppid() {
+        let sent = rustix::process::kill_process(parent, rustix::process::Signal::CONT);
+        tracing::debug!("rank 0 is sent on: {sent:?}");
+    }
+}
+
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name before it may hold anything, a bracket too.
+    let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    state.starts_with('T') || state.starts_with('t')
 }
 
 fn describe(status: ExitStatus) -> String {

@@ -1,7 +1,7 @@
-//! What goes over a socket: a fixed greeting that tells ranks of this run from everybody else, then frames.
+//! What goes over a socket once both sides have shown that they belong to the run: frames.
 //!
 //! Nothing that arrives is believed: every length is bounded, memory grows only with the bytes that are really
-//! there, and every read has a deadline until the peer has shown that it belongs to the run.
+//! there, and every read has a deadline until the ranks have met.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -11,105 +11,8 @@ use socket2::{SockRef, TcpKeepalive};
 
 /// Longest frame between ranks; a batch of prompts of 32k tokens is a hundredth of it.
 pub(super) const MAX_FRAME: u32 = 64 << 20;
-/// Longest frame from a peer that has only greeted.
+/// Longest hello, with the list of CPUs of a large machine.
 pub(super) const MAX_HELLO: u32 = 256 << 10;
-
-const ASK: &[u8; 8] = b"tandem?\x01";
-const ANSWER: &[u8; 8] = b"tandem!\x01";
-const GREETING: usize = 8 + 8 + 16 + 4 + 4;
-
-/// The greeting of the connecting side.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Greeting {
-    /// Names the run (or, between data sockets, the session).
-    pub token: u64,
-    /// Crate version, up to 16 bytes: known before anything whose layout may differ between versions.
-    pub version: [u8; 16],
-    pub rank: u32,
-    pub size: u32,
-}
-
-impl Greeting {
-    pub fn new(token: u64, rank: usize, size: usize) -> Self {
-        let mut version = [0; 16];
-        for (to, from) in version.iter_mut().zip(env!("CARGO_PKG_VERSION").bytes()) {
-            *to = from;
-        }
-        Greeting {
-            token,
-            version,
-            rank: rank as u32,
-            size: size as u32,
-        }
-    }
-
-    /// The version as text.
-    pub fn version(&self) -> String {
-        String::from_utf8_lossy(&self.version)
-            .trim_end_matches('\0')
-            .to_owned()
-    }
-
-    fn to_bytes(&self) -> [u8; GREETING] {
-        let mut bytes = [0; GREETING];
-        bytes[..8].copy_from_slice(ASK);
-        bytes[8..16].copy_from_slice(&self.token.to_le_bytes());
-        bytes[16..32].copy_from_slice(&self.version);
-        bytes[32..36].copy_from_slice(&self.rank.to_le_bytes());
-        bytes[36..].copy_from_slice(&self.size.to_le_bytes());
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8; GREETING]) -> Option<Self> {
-        let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[at + i]));
-        let token = u64::from(word(8)) | u64::from(word(12)) << 32;
-        let mut version = [0; 16];
-        version.copy_from_slice(&bytes[16..32]);
-        (&bytes[..8] == ASK).then(|| Greeting {
-            token,
-            version,
-            rank: word(32),
-            size: word(36),
-        })
-    }
-}
-
-/// Greets and waits for the answer: an error means that whoever listens there is not of this run.
-pub(super) fn greet(stream: &TcpStream, greeting: &Greeting, patience: Duration) -> io::Result<()> {
-    let deadline = Instant::now() + patience;
-    stream.set_write_timeout(Some(patience))?;
-    (&mut &*stream).write_all(&greeting.to_bytes())?;
-    let mut answer = [0; 16];
-    read_by(stream, &mut answer, deadline)?;
-    if &answer[..8] != ANSWER || answer[8..] != greeting.token.to_le_bytes() {
-        return Err(io::Error::other("not a rank of this run"));
-    }
-    Ok(())
-}
-
-/// Reads a greeting and answers it if its token is ours.
-pub(super) fn answer(stream: &TcpStream, token: u64, deadline: Instant) -> io::Result<Greeting> {
-    let mut bytes = [0; GREETING];
-    // A stranger's first bytes give it away; it is not waited for.
-    read_by(stream, &mut bytes[..8], deadline)?;
-    if &bytes[..8] != ASK {
-        return Err(io::Error::other("not a rank of this run"));
-    }
-    read_by(stream, &mut bytes[8..], deadline)?;
-    let greeting = Greeting::from_bytes(&bytes).filter(|g| g.token == token);
-    let greeting = greeting.ok_or_else(|| io::Error::other("not a rank of this run"))?;
-    let mut answer = [0; 16];
-    answer[..8].copy_from_slice(ANSWER);
-    answer[8..].copy_from_slice(&token.to_le_bytes());
-    stream.set_write_timeout(Some(Duration::from_secs(1)))?;
-    (&mut &*stream).write_all(&answer)?;
-    Ok(greeting)
-}
-
-/// Fills `buffer` before `deadline`, however slowly the bytes drip.
-fn read_by(stream: &TcpStream, buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
-    (&mut By { stream, deadline }).read_exact(buffer)
-}
 
 /// A reader that gives up at a deadline.
 pub(super) struct By<'a> {
@@ -146,6 +49,8 @@ pub(super) enum Kind {
     Fail = 4,
     /// An orderly end.
     Bye = 5,
+    /// A sign of life.
+    Beat = 6,
 }
 
 /// Writes one frame: kind, length, body.
@@ -169,6 +74,7 @@ pub(super) fn read_frame(mut stream: impl Read, limit: u32) -> io::Result<(Kind,
         3 => Kind::Data,
         4 => Kind::Fail,
         5 => Kind::Bye,
+        6 => Kind::Beat,
         _ => return Err(io::Error::other("not a frame")),
     };
     let length = u32::from_le_bytes([head[1], head[2], head[3], head[4]]);
@@ -184,7 +90,11 @@ pub(super) fn read_frame(mut stream: impl Read, limit: u32) -> io::Result<(Kind,
     Ok((kind, body))
 }
 
-/// A connection between ranks: no delay, and a lost machine shows within 8 s even when nothing is sent.
+/// How long sent bytes may stay unread: a rank that is stopped for a moment keeps its connections, and longer ones
+/// are the monitor's to judge.
+const UNREAD: Duration = Duration::from_secs(60);
+
+/// A connection between ranks: no delay, and a lost machine shows within 8 s when nothing is under way to it.
 pub(super) fn tune(stream: &TcpStream) -> io::Result<()> {
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(3))
@@ -193,23 +103,13 @@ pub(super) fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(Duration::from_secs(8)))
+    socket.set_tcp_user_timeout(Some(UNREAD))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    #[test]
-    fn a_greeting_survives_the_wire() {
-        let greeting = Greeting::new(0x0123_4567_89ab_cdef, 3, 4);
-        assert_eq!(
-            Greeting::from_bytes(&greeting.to_bytes()),
-            Some(greeting.clone())
-        );
-        assert_eq!(greeting.version(), env!("CARGO_PKG_VERSION"));
-    }
 
     #[test]
     fn frames_have_a_bound() {

@@ -7,6 +7,7 @@ use crate::gpu::kernels::{HEADERS, Source};
 use crate::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -120,7 +121,7 @@ impl Module {
             // Ranks as threads want the same kernels at the same time: one compiles, the others find the object.
             static COMPILING: Mutex<()> = Mutex::new(());
             let _one_at_a_time = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
-            if !path.exists() {
+            if cache.own(&name).is_none() {
                 compile(&files, compiler, cache, &name)?;
             }
         }
@@ -267,7 +268,10 @@ fn compile(files: &[(String, String)], compiler: &str, cache: &Cache, name: &str
     let ran = command.output();
     let outcome = match ran {
         Ok(o) if o.status.success() => {
-            std::fs::rename(&object, cache.path(name)).map_err(|e| Error::file(cache.path(name), e))
+            let own = std::fs::Permissions::from_mode(0o700);
+            std::fs::set_permissions(&object, own)
+                .and_then(|()| std::fs::rename(&object, cache.path(name)))
+                .map_err(|e| Error::file(cache.path(name), e))
         }
         Ok(o) => {
             let text = String::from_utf8_lossy(&o.stderr);

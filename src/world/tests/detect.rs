@@ -35,7 +35,7 @@ fn every_launcher_s_variables_are_understood() {
         (world.rank, world.size, world.source),
         (1, 2, Source::OpenMpi)
     );
-    assert!(matches!(&world.rendezvous, Rendezvous::At { host, .. } if host == "127.0.0.1"));
+    assert!(matches!(&world.rendezvous, Rendezvous::At { host, .. } if host == LOCALHOST));
 
     let mpiexec = [
         ("PMI_RANK", "1"),
@@ -221,7 +221,16 @@ fn malformed_and_contradictory_variables_are_one_clear_error() {
         ),
         (
             vec![("TANDEM_LOCAL_RANK", "3 2 1 0")],
-            "TANDEM_LOCAL_RANK is \"3 2 1 0\"",
+            "TANDEM_LOCAL_RANK is malformed",
+        ),
+        (
+            vec![
+                step,
+                ("SLURM_PROCID", "0"),
+                ("SLURM_NTASKS", "2"),
+                ("TANDEM_SECRET", "short"),
+            ],
+            "TANDEM_SECRET has 5 characters",
         ),
     ] {
         let error = detect(&variables).unwrap_err().to_string();
@@ -235,6 +244,10 @@ fn malformed_and_contradictory_variables_are_one_clear_error() {
     };
     for (flags, message) in [
         (flags(Some(0), None, None, None), "--ranks 0"),
+        (
+            flags(Some(20_000), None, None, None),
+            "--ranks 20000: at most 1024",
+        ),
         (
             flags(None, Some(0), None, None),
             "--rank and --world-size go together",
@@ -265,4 +278,53 @@ fn malformed_and_contradictory_variables_are_one_clear_error() {
         "--ranks 4 starts processes on one machine, but this is already rank 1 of 2 (a Slurm step): leave --ranks out"
     );
     assert!(detect_with(&flags(Some(2), None, None, None), &many).is_ok());
+}
+
+#[test]
+fn a_step_that_does_not_name_its_nodes_meets_at_master_addr() {
+    let step = |more: &[(&'static str, &'static str)]| {
+        let step = [
+            ("SLURM_JOB_ID", "7"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_PROCID", "1"),
+            ("SLURM_NTASKS", "2"),
+        ];
+        detect(&[&step[..], more].concat()).unwrap()
+    };
+    let at = |world: &World| match &world.rendezvous {
+        Rendezvous::At { host, .. } => host.clone(),
+        other => format!("{other:?}"),
+    };
+    assert_eq!(at(&step(&[("MASTER_ADDR", "head")])), "head");
+    // What the step itself says comes first.
+    let listed = [("MASTER_ADDR", "head"), ("SLURM_STEP_NODELIST", "n[1-2]")];
+    assert_eq!(at(&step(&listed)), "n1");
+    let here = [("SLURM_NODEID", "0"), ("SLURM_STEP_TASKS_PER_NODE", "2")];
+    assert_eq!(at(&step(&here)), LOCALHOST);
+    let nothing = step(&[]);
+    assert!(matches!(&nothing.rendezvous, Rendezvous::Unknown(why) if why.contains("MASTER_ADDR")));
+}
+
+#[test]
+fn a_secret_gives_ports_that_do_not_follow_from_the_job() {
+    let step = [
+        ("SLURM_JOB_ID", "7"),
+        ("SLURM_STEP_ID", "0"),
+        ("SLURM_PROCID", "1"),
+        ("SLURM_NTASKS", "2"),
+        ("SLURM_STEP_NODELIST", "n1"),
+    ];
+    let with =
+        |secret| ports(&detect(&[&step[..], &[("TANDEM_SECRET", secret)]].concat()).unwrap());
+    let (plain, one, two) = (
+        ports(&detect(&step).unwrap()),
+        with("one secret that is long"),
+        with("two secrets that are long"),
+    );
+    assert_eq!(
+        (&one[..8], &two[..8], plain.len()),
+        (&plain[..], &plain[..], 8)
+    );
+    assert_ne!(one[8..], two[8..]);
+    assert!(one.len() == 16 && one.iter().all(|p| (20_000..32_000).contains(p)));
 }

@@ -5,6 +5,9 @@ mod detect;
 mod ends;
 mod meeting;
 mod processes;
+mod strangers;
+
+pub(crate) use strangers::as_another_user;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -68,6 +71,7 @@ fn options(seconds: f64) -> MeetOptions {
         timeout: Duration::from_secs_f64(seconds),
         end: Arc::new(|_| {}),
         signals: false,
+        ..MeetOptions::default()
     }
 }
 
