@@ -7,10 +7,11 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use std::hint::black_box;
 use std::time::Duration;
 use tandem::cpu::{
-    AttentionShape, Isa, KV_BLOCK, Kernels, Matrix, Pool, SeqView, affinity_cpus, measure_fma_rate,
+    AttentionShape, Isa, Kernels, Matrix, Pool, SeqView, affinity_cpus, measure_fma_rate,
     measure_read_bandwidth, physical_cores,
 };
 use tandem::engine::sampler::{Sampler, SamplingParams, argmax, log_sum_exp};
+use tandem::layout::KV_BLOCK;
 use tandem::weights::Dtype;
 
 /// (name, rows, cols): SmolLM2-135M's products, and one of Qwen2.5-7B's.

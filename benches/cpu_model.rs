@@ -12,12 +12,10 @@ use std::path::Path;
 use std::time::Instant;
 use tandem::comm::Solo;
 use tandem::config::ModelConfig;
-use tandem::cpu::{
-    Limits, Pool, affinity_cpus, measure_fma_rate, measure_read_bandwidth, physical_cores,
-};
+use tandem::cpu::{Pool, affinity_cpus, measure_fma_rate, measure_read_bandwidth, physical_cores};
 use tandem::engine::{Entry, NewSequence, Replica, SamplingParams, StepPlan};
+use tandem::layout::{Limits, Shard};
 use tandem::model::{BlockPool, check_tensors};
-use tandem::plan::Shard;
 use tandem::session::{Place, load_rank};
 use tandem::weights::{Checkpoint, LocalMatrix, Source};
 

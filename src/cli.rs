@@ -20,6 +20,9 @@ pub struct Cli {
     pub verbose: u8,
 }
 
+/// Width of the residual stream where no model says it: Qwen2.5-72B's.
+pub const DEFAULT_HIDDEN: usize = 8192;
+
 /// Flags whose value is a text, which may begin with a hyphen.
 const TEXTS: [&str; 4] = ["--prompt", "-p", "--system", "--stop"];
 
@@ -430,7 +433,7 @@ pub struct ProbeArgs {
     #[arg(long, value_name = "N")]
     pub ranks: Option<usize>,
     /// Width of the residual stream in the sums over ranks
-    #[arg(long, value_name = "N", default_value_t = crate::bench::ceilings::DEFAULT_HIDDEN)]
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_HIDDEN)]
     pub hidden: usize,
     /// Seconds to wait for all ranks to arrive
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]

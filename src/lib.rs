@@ -10,7 +10,8 @@
 //! | [`session`] | from flags to a loaded model on every rank |
 //! | [`config`] | what the model is: `config.json`, validated, or a named shape |
 //! | [`world`] | who am I among the ranks, how do we meet, how do we end together |
-//! | [`plan`] | what each rank will do: shards, bytes, predicted speed; pure |
+//! | [`layout`] | who holds which part of every weight, and how many bytes of what; pure |
+//! | [`plan`] | what each rank will do: where its bytes lie, predicted speed; pure |
 //! | [`weights`] | safetensors headers → this rank's byte ranges → their final place |
 //! | [`cpu`] | the CPU backend: thread pool, kernels by run-time dispatch |
 //! | [`gpu`] | the GPU backend: one driver interface, kernels, collectives |
@@ -22,12 +23,14 @@
 //! | [`mod@bench`] | what a machine gives at best, and what a run makes of it |
 //! | [`doctor`] | what this machine offers, what is missing |
 //! | `files` | files of a model folder, opened as a stranger's |
+//! | [`bytes`] | sizes as people write them |
 //! | [`logging`] | log lines tagged with rank and host, the progress bar |
 //! | [`panics`] | a panic as an error of one line |
 //! | [`error`] | the one error type |
 #![warn(missing_docs)]
 
 pub mod bench;
+pub mod bytes;
 pub mod cli;
 pub mod comm;
 pub mod commands;
@@ -38,6 +41,7 @@ pub mod engine;
 pub mod error;
 mod files;
 pub mod gpu;
+pub mod layout;
 pub mod logging;
 pub mod model;
 pub mod output;

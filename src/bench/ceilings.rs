@@ -3,10 +3,8 @@
 use crate::plan::{DeviceKind, GpuRates, Rate, Rates};
 use serde::{Deserialize, Serialize};
 
-/// Width of the residual stream where no model says it: Qwen2.5-72B's.
-pub const DEFAULT_HIDDEN: usize = 8192;
 /// Rows of the sums over ranks of a decode step.
-pub const DECODE_ROWS: [usize; 6] = crate::gpu::ways::ROWS;
+pub const DECODE_ROWS: [usize; 6] = crate::layout::SUM_ROWS;
 /// Bytes of the larger sums.
 pub const LARGE_SUMS: [usize; 6] = [64 << 10, 256 << 10, 1 << 20, 2 << 20, 8 << 20, 32 << 20];
 

@@ -78,7 +78,7 @@ pub fn compare(
         max_tokens: args.model.max_tokens,
         batch: args.batch,
     };
-    let parse = |text: &Option<String>| text.as_deref().map(plan::bytes::parse).transpose();
+    let parse = |text: &Option<String>| text.as_deref().map(crate::bytes::parse).transpose();
     let (typed, host) = (
         parse(&args.model.gpu_memory)?,
         parse(&args.model.host_memory)?,

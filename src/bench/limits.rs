@@ -2,9 +2,8 @@
 
 use super::ceilings::Ceilings;
 use crate::config::ModelConfig;
-use crate::plan::{
-    DEFAULT_STEP_TOKENS, DeviceKind, GPU_STEP_TOKENS, KV_BLOCK, Shard, kv_bytes_per_block,
-};
+use crate::layout::{KV_BLOCK, Shard};
+use crate::plan::{DEFAULT_STEP_TOKENS, DeviceKind, GPU_STEP_TOKENS, kv_bytes_per_block};
 use crate::weights::{Dtype, LocalMatrix};
 use serde::Serialize;
 

@@ -84,10 +84,10 @@ pub fn draw(title: &str, panels: &[Panel]) -> Result<String> {
     Ok(svg)
 }
 
-/// Where an axis ends: a little above what it shows.
+/// Where an axis ends: above what it shows, so that a legend has room.
 fn end(values: impl Iterator<Item = f64>) -> f64 {
     let largest = values.filter(|v| v.is_finite()).fold(0.0, f64::max);
-    if largest > 0.0 { largest * 1.12 } else { 1.0 }
+    if largest > 0.0 { largest * 1.3 } else { 1.0 }
 }
 
 fn draw_curves<'a>(

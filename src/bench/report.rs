@@ -5,7 +5,8 @@ use super::compare::{Comparison, Way};
 use super::plot::{self, Curve, Panel, Shape};
 use super::sweep::{Probed, Row, Sweep};
 use crate::Result;
-use crate::plan::{DeviceKind, Prediction, Tiers, bytes};
+use crate::bytes;
+use crate::plan::{DeviceKind, Prediction, Tiers};
 use std::fmt::Write;
 
 /// The whole sweep as text: ceilings first, then each figure beside its limit.

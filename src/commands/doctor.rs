@@ -1,8 +1,9 @@
 //! `tandem doctor`: what this machine offers, what is missing, and what that costs.
 
 use crate::Result;
-use crate::bench::ceilings::{Ceilings, DEFAULT_HIDDEN};
+use crate::bench::ceilings::Ceilings;
 use crate::bench::report::ceilings_text;
+use crate::cli::DEFAULT_HIDDEN;
 use crate::cli::{Device, DoctorArgs, ProbeArgs, RankArgs};
 use crate::doctor;
 use crate::gpu::cuda::device_count;

@@ -28,7 +28,7 @@ struct Report<'a> {
 /// An unknown shape, a bad folder, sizes that cannot be read, a request that cannot fit, a measurement that fails.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let (config, dtype) = model_of(args)?;
-    let size = |given: &Option<String>| given.as_deref().map(plan::bytes::parse).transpose();
+    let size = |given: &Option<String>| given.as_deref().map(crate::bytes::parse).transpose();
     let (mut gpu_memory, host_memory) = (size(&args.gpu_memory)?, size(&args.host_memory)?);
     if args.ranks == 0 {
         return Err(Error::usage("--ranks 0: at least 1"));

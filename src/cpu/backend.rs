@@ -4,8 +4,8 @@ use super::{AttentionShape, Kernels, Matrix, Pool, QkvShape, Rope, SeqView};
 use crate::Result;
 use crate::comm::HostCollective;
 use crate::config::ModelConfig;
-use crate::model::{Activations, Backend, Batch, BatchSeq, KV_BLOCK, Layer, Limits};
-use crate::plan::Shard;
+use crate::layout::{KV_BLOCK, Limits, Shard};
+use crate::model::{Activations, Backend, Batch, BatchSeq, Layer};
 use crate::weights::{Arena, Dtype, LocalMatrix, Slab};
 
 /// A weight matrix or vector in host memory.

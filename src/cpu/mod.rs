@@ -41,8 +41,7 @@ mod simd_avx2;
 mod simd_avx512;
 mod simd_portable;
 
-pub use crate::model::Limits;
-pub use attention::{AttentionShape, KV_BLOCK, SeqView};
+pub use attention::{AttentionShape, SeqView};
 pub use backend::{CpuBackend, HostBuf, HostWeight};
 pub use bandwidth::{ReadBuffer, STREAMS, measure_fma_rate, measure_read_bandwidth};
 pub use embed::embed;

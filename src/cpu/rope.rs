@@ -1,12 +1,13 @@
 //! What happens between the q/k/v projection and attention: per-head RMSNorm (Qwen3), rotary embedding, and the write
 //! into the paged KV cache, in one pass.
 
+use super::Pool;
 use super::attention::kv_offset;
 use super::isa::Kernel;
 use super::norm::{SERIAL_BELOW, norm_row};
 use super::pool::{Shards, piece};
 use super::simd::Simd;
-use super::{KV_BLOCK, Pool};
+use crate::layout::KV_BLOCK;
 
 /// Rotary embedding (Su et al., arXiv 2104.09864) in the convention of Hugging Face's `rotate_half`: element `i` pairs
 /// with `i + head_dim/2`.

@@ -13,8 +13,8 @@ mod text;
 
 pub use memory::HostMemory;
 
+use crate::bytes;
 use crate::cpu::Isa;
-use crate::plan::bytes;
 use cuda::Cuda;
 use launcher::{Env, Launcher};
 use serde::Serialize;

@@ -1,7 +1,7 @@
 //! The report as text for a person.
 
 use super::Report;
-use crate::plan::bytes;
+use crate::bytes;
 use std::fmt;
 
 impl fmt::Display for Report {

@@ -5,7 +5,8 @@
 //! one of the most likely few; what is here then says only how.
 
 use super::Bans;
-use crate::model::{CANDIDATES, Draw};
+use crate::layout::CANDIDATES;
+use crate::model::Draw;
 use serde::{Deserialize, Serialize};
 
 /// How tokens are chosen.

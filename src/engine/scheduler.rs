@@ -7,7 +7,8 @@
 use super::protocol::{Entry, NewSequence, SeqId, StepPlan};
 use super::replica::Sampled;
 use super::sampler::SamplingParams;
-use crate::model::{BlockPool, CHOSEN, KV_BLOCK};
+use crate::layout::KV_BLOCK;
+use crate::model::{BlockPool, CHOSEN};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::collections::VecDeque;

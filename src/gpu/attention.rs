@@ -2,21 +2,16 @@
 
 use super::backend::{GpuBackend, GpuBuf};
 use super::driver::{DevicePtr, Driver, Launch, Pinned, Stream, args};
-use super::geometry::Geometry;
 use super::load::GpuWeight;
 use super::memory::{DeviceBuffer, PinnedBuffer};
 use super::products::{Form, GEMV_ROWS, Target};
 use crate::Result;
-use crate::model::{KV_BLOCK, Layer};
+use crate::layout::Geometry;
+use crate::model::Layer;
 use std::sync::Arc;
 
 /// Threads of a block of `attention_decode.cu`.
 const DECODE_BLOCK: u32 = 256;
-
-/// Bytes of a rank's KV cache.
-pub fn kv_bytes(g: &Geometry, n_blocks: usize) -> usize {
-    2 * g.n_layers * n_blocks * g.n_kv_heads * KV_BLOCK * g.padded_head_dim * 2
-}
 
 /// The rotation table on the device, f32 `[padded_head_dim / 2]`.
 ///

@@ -1,12 +1,10 @@
 //! The forward pass on a GPU: every operation of [`Backend`] as launches on one stream.
 
-use super::Limits;
-use super::arena::{self, Arena, StepBuffers};
-use super::attention::{kv_bytes, upload_inv_freq};
+use super::arena::Arena;
+use super::attention::upload_inv_freq;
 use super::collective::{DeviceCollective, FusedNorm};
 use super::driver::{Arg, DevicePtr, Driver, Function, Launch, Pinned, Stream, args};
 use super::gemm::Gemm;
-use super::geometry::Geometry;
 use super::graphs::{Graphs, MAX_SEQS};
 use super::launch::Kernels;
 use super::load::GpuWeight;
@@ -18,6 +16,7 @@ use super::sampling::Fetching;
 use super::step::Step;
 use crate::Result;
 use crate::config::ModelConfig;
+use crate::layout::{Geometry, Limits, StepBuffers, batch_words, kv_bytes, max_splits};
 use crate::model::{Activations, Backend, Batch, Choice, Fetch, Layer};
 use std::sync::Arc;
 
@@ -134,7 +133,7 @@ impl GpuBackend {
             step: Step::none(arena.get("batch")),
             rows: 0,
             graphs: Graphs::new(&driver, stream),
-            staging: pinned(arena::batch_words(&limits) * 4, "step staging")?,
+            staging: pinned(batch_words(&limits) * 4, "step staging")?,
             sent: OwnedEvent::new(&driver, false)?,
             done: OwnedEvent::new(&driver, false)?,
             n_known: config.vocab_size,
@@ -182,7 +181,7 @@ impl GpuBackend {
 
     /// How far one sequence's attention is cut up to fill the device.
     pub(super) fn max_splits(&self) -> usize {
-        arena::max_splits(&self.g, self.driver.properties().sm_count as usize)
+        max_splits(&self.g, self.driver.properties().sm_count as usize)
     }
 
     /// The largest number of sequences that a decode step is filled up to. Rows that nobody reads cost a GPU nothing; cores

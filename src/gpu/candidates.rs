@@ -5,21 +5,7 @@
 use super::backend::GpuBackend;
 use super::driver::{DevicePtr, Function, Launch, args};
 use crate::Result;
-use crate::model::CANDIDATES;
-
-/// Keys that a block of `candidates.cu` looks through.
-const BLOCK: usize = 1024;
-
-/// Lists that a row of `n` entries is cut into.
-pub fn lists(n: usize) -> usize {
-    n.div_ceil(BLOCK)
-}
-
-/// Bytes of the two buffers that take turns while one rank's row of `n` logits is looked through, for `rows` of them.
-pub fn buffer_bytes(n: usize, rows: usize) -> [usize; 2] {
-    let first = lists(n).max(1);
-    [first, lists(first * CANDIDATES)].map(|lists| lists * CANDIDATES * 8 * rows)
-}
+use crate::layout::{CANDIDATES, lists};
 
 impl GpuBackend {
     /// Enqueues the draws of the step's wanted rows, in place of the most likely tokens.

@@ -2,11 +2,10 @@
 //! afterwards, for what the plan leaves there.
 
 use super::driver::{DevicePtr, Driver, Stream};
-use super::geometry::{Geometry, Layout};
 use super::memory::{DeviceBuffer, LockedMemory, LockedPiece, OwnedEvent};
 use super::offload::HostPart;
 use super::regions::{self, Piece, Region, is_gated};
-use crate::plan::Placement;
+use crate::layout::{Geometry, Layout, Placement, STAGING};
 use crate::weights::{LoadStats, LocalMatrix, Source};
 use crate::{Error, Result};
 use std::collections::HashMap;
@@ -34,8 +33,6 @@ pub struct GpuWeight {
 
 /// Every matrix begins at a multiple of this.
 const ALIGN: usize = 256;
-/// Pinned memory through which weights pass on their way to the device, all threads together.
-pub const STAGING: usize = 64 << 20;
 /// Most of a thread's slot.
 const MAX_SLOT: usize = 2 << 20;
 /// Bytes of host memory that are read together.

@@ -14,7 +14,6 @@ pub mod cublaslt;
 pub mod cuda;
 pub mod driver;
 pub mod gemm;
-pub mod geometry;
 mod graphs;
 pub mod kernels;
 mod launch;
@@ -39,11 +38,7 @@ pub mod ways;
 #[cfg(test)]
 mod tests;
 
-pub use crate::model::Limits;
-pub use attention::kv_bytes;
 pub use backend::{GpuBackend, GpuBuf};
 pub use driver::Driver;
-pub use geometry::Geometry;
 pub use offload::Cores;
-pub use one_shot::inbox_bytes;
 pub use rank::{Coming, Host, LoadedRank, Parts, build_kernels, load_rank};

@@ -9,25 +9,14 @@ use super::kernels;
 use super::memory::{DeviceBuffer, PinnedBuffer};
 use super::ways::{self, Trial, Way};
 use crate::comm::HostCollective;
+use crate::layout::{GATHER_WORDS, MAX_ROWS, SUM_ROWS, gather_at, inbox_bytes};
 use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-/// Rows of a message; beyond, the library's ring moves fewer bytes.
-pub const MAX_ROWS: usize = ways::ROWS[ways::ROWS.len() - 1];
 /// Rows up to which sums are fused as long as nothing was measured.
 const UNMEASURED_ROWS: usize = 8;
-/// Words of one rank in a gather, at most.
-const GATHER_WORDS: usize = 4096;
-/// The driver shares memory in whole pages of this.
-const PAGE: usize = 2 << 20;
-
-/// Bytes of a rank's inbox: for rows of 8192 elements 6 MiB on each of two ranks, 18 MiB on each of eight.
-pub fn inbox_bytes(size: usize, hidden: usize) -> usize {
-    // Two halves, and for each rank two words with their marks in 16 bytes: rows of sums, then words of gathers.
-    (16 * (gather_at(size, hidden) + 2 * size * GATHER_WORDS / 2)).next_multiple_of(PAGE)
-}
 
 /// Peer inboxes, mapped by every rank.
 pub struct OneShot {
@@ -167,11 +156,6 @@ impl OneShot {
     }
 }
 
-/// Where the gathers' part of an inbox begins, in units of 16 bytes.
-fn gather_at(size: usize, hidden: usize) -> usize {
-    2 * size * MAX_ROWS * (hidden / 4)
-}
-
 impl DeviceCollective for OneShot {
     fn name(&self) -> &'static str {
         "peer memory"
@@ -248,7 +232,7 @@ impl DeviceCollective for OneShot {
         trial.connect(self)?;
         let start = Instant::now();
         let mut mine = Vec::new();
-        for rows in ways::ROWS {
+        for rows in SUM_ROWS {
             mine.extend(trial.measure(self, rows)?);
         }
         drop(trial);

@@ -7,16 +7,15 @@ use super::cublaslt::CublasLt;
 use super::cuda::Cuda;
 use super::driver::{Driver, Stream};
 use super::gemm::Gemm;
-use super::geometry::Geometry;
+use super::kernels;
 use super::load::{self, GpuWeight};
 use super::nccl::{Library, Nccl, UniqueId};
 use super::offload::{Cores, FileSource, Offload};
 use super::one_shot::{OneShot, exchange_bytes, ranks_agree};
-use super::{Limits, kernels};
 use crate::comm::HostCollective;
 use crate::config::ModelConfig;
+use crate::layout::{Geometry, Limits, Placement, Shard};
 use crate::model::{Activations, Qwen};
-use crate::plan::{Placement, Shard};
 use crate::weights::{Dtype, LoadStats, Source};
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -316,10 +315,10 @@ impl LoadedRank {
     pub fn memory_line(&self) -> Result<String> {
         let memory = self.backend.driver.memory()?;
         let (locked, in_files) = self.backend.offload.as_ref().map_or((0, 0), Offload::bytes);
-        let size = |n: usize| crate::plan::bytes::format(n as u64);
+        let size = |n: usize| crate::bytes::format(n as u64);
         Ok(format!(
             "{} of the GPU (all processes), {} of host memory locked, {} in files",
-            crate::plan::bytes::format(memory.total - memory.free),
+            crate::bytes::format(memory.total - memory.free),
             size(locked),
             size(in_files)
         ))

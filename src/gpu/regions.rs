@@ -4,8 +4,7 @@
 //! On the GPU, gate and up lie one above the other; elsewhere 8 gate rows are followed by their 8 up rows, so that any
 //! multiple of 8 features lies together and can be moved and multiplied on its own.
 
-use super::geometry::Layout;
-use crate::plan::Cut;
+use crate::layout::{Cut, Layout};
 use crate::weights::{self, Dtype, LoadStats, LocalMatrix, Source};
 use crate::{Error, Result};
 use half::{bf16, f16};

@@ -1,12 +1,12 @@
 //! From logits on the device to a choice: the vocabulary-parallel search for the most likely token in the step itself, the
 //! way of what was chosen to the host, and the gathered rows.
 
-use super::arena;
 use super::backend::{GpuBackend, GpuBuf, wait_for};
 use super::driver::{Driver, Launch, Pinned, args};
 use super::memory::{OwnedEvent, PinnedBuffer};
 use super::offload::Offload;
-use crate::model::{Choice, Fetch, Limits};
+use crate::layout::{Limits, chosen_bytes, sample_parts};
+use crate::model::{Choice, Fetch};
 use crate::{Error, Result};
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ impl Fetching {
     /// # Errors
     /// Those of the driver.
     pub fn new(driver: &Arc<dyn Driver>, limits: &Limits) -> Result<Fetching> {
-        let bytes = arena::chosen_bytes(limits);
+        let bytes = chosen_bytes(limits);
         Ok(Fetching {
             host: PinnedBuffer::new(driver, bytes, Pinned::Cached, "choices on the host")?,
             arrived: OwnedEvent::new(driver, false)?,
@@ -44,7 +44,7 @@ impl GpuBackend {
             return Ok(());
         }
         let known = self.known_here();
-        let n_parts = arena::sample_parts(known);
+        let n_parts = sample_parts(known);
         let parts = self.arena.get("sample_parts");
         let (ids, sums) = (parts.offset(4 * s * n_parts), parts.offset(8 * s * n_parts));
         if n_parts > 0 {

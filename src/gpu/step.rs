@@ -1,7 +1,8 @@
 //! The step at hand: its counts, and where its description lies on the device.
 
 use super::driver::DevicePtr;
-use crate::model::{Batch, BatchSeq, KV_BLOCK};
+use crate::layout::{DRAW_WORDS, KV_BLOCK};
+use crate::model::{Batch, BatchSeq};
 
 /// Marks a token whose k and v go nowhere, as in `common.cuh`.
 const NO_SLOT: u32 = u32::MAX;
@@ -174,9 +175,6 @@ fn slots(batch: &Batch) -> impl Iterator<Item = u32> {
         (s.context_len - s.len..s.context_len).map(slot)
     })
 }
-
-/// Words of a `Draw`.
-pub const DRAW_WORDS: usize = 8;
 
 fn put_draws(batch: &Batch, words: &mut [u32]) {
     let seq_of = |row: u32| batch.seqs.partition_point(|s| s.start <= row as usize) - 1;

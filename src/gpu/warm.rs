@@ -4,7 +4,8 @@
 use super::LoadedRank;
 use super::step::splits;
 use crate::Result;
-use crate::model::{Backend, Batch, BatchSeq, BlockPool, CANDIDATES, Draw, KV_BLOCK, forward};
+use crate::layout::{CANDIDATES, KV_BLOCK};
+use crate::model::{Backend, Batch, BatchSeq, BlockPool, Draw, forward};
 use std::time::Instant;
 
 /// Rows of the smallest prefill: fewer are products of our own.

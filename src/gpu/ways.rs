@@ -8,10 +8,9 @@ use super::driver::{Driver, Function, Launch, Stream, args};
 use super::kernels;
 use super::memory::{DeviceBuffer, OwnedEvent};
 use crate::Result;
+use crate::layout::SUM_ROWS;
 use std::sync::Arc;
 
-/// Rows of the sums that are measured; a sum of another number goes the way of the next one up.
-pub const ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 /// Of the norm; any will do.
 const EPS: f32 = 1e-6;
 /// Times that each is measured; the best counts.
@@ -75,7 +74,7 @@ impl Trial {
     /// # Errors
     /// Too little memory, or a kernel that cannot be compiled.
     pub fn new(driver: &Arc<dyn Driver>, hidden: usize, stream: Stream) -> Result<Trial> {
-        let n = ROWS[ROWS.len() - 1] * hidden;
+        let n = SUM_ROWS[SUM_ROWS.len() - 1] * hidden;
         let zeros = |bytes: usize| {
             let buffer = DeviceBuffer::new(driver, bytes, "measuring")?;
             // SAFETY: inside the buffer, which outlives the stream's work.
@@ -131,7 +130,7 @@ impl Trial {
     /// # Errors
     /// Those of the driver and the library; a lost rank.
     pub fn connect(&self, comm: &mut dyn DeviceCollective) -> Result<()> {
-        let connected = self.by_library(comm, ROWS[0]).and_then(|()| {
+        let connected = self.by_library(comm, SUM_ROWS[0]).and_then(|()| {
             let done = OwnedEvent::new(&self.driver, false)?;
             done.record(self.stream)?;
             wait_for(&done, comm)

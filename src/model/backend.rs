@@ -1,6 +1,7 @@
 //! What the forward pass asks of the machine: about a dozen fused operations over buffers that exist before the step.
 
-use super::{KV_BLOCK, Layer};
+use super::Layer;
+use crate::layout::{KV_BLOCK, Limits};
 use crate::{Error, Result};
 
 /// Marks a token that the host does not know yet: what the step before has chosen in the row that the other bits name.
@@ -28,7 +29,7 @@ pub struct Batch {
 pub struct Draw {
     /// 0 takes the most likely token; otherwise logits are divided by it.
     pub temperature: f32,
-    /// From 1 to [`CANDIDATES`].
+    /// From 1 to [`crate::layout::CANDIDATES`].
     pub top_k: u32,
     /// In `[0, 1]`.
     pub top_p: f32,
@@ -58,17 +59,6 @@ pub struct BatchSeq {
     pub context_len: usize,
     /// The KV blocks of its tokens `0..context_len`, in order.
     pub blocks: Vec<u32>,
-}
-
-/// What a backend's step buffers and cache are made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Tokens of a step.
-    pub max_step_tokens: usize,
-    /// Rows of logits of a step.
-    pub max_logit_rows: usize,
-    /// Blocks of the KV cache.
-    pub n_kv_blocks: usize,
 }
 
 impl Limits {
@@ -136,9 +126,6 @@ pub struct Choice {
     /// Natural logarithm of the sum of exp(logit) over the known tokens.
     pub log_sum_exp: f64,
 }
-
-/// A device draws from this many of the most likely tokens.
-pub const CANDIDATES: usize = 64;
 
 /// A step's choices on their way to the host.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! Does a checkpoint hold the model that its configuration describes?
 
 use crate::config::ModelConfig;
-use crate::plan::Shard;
+use crate::layout::Shard;
 use crate::weights::{Checkpoint, Dtype};
 use crate::{Result, logging};
 

@@ -1,7 +1,6 @@
 //! The paged KV cache's book-keeping: blocks of tokens, handed out by rank 0 (Kwon et al., arXiv 2309.06180).
 
-/// Tokens in one block of the KV cache.
-pub const KV_BLOCK: usize = 16;
+use crate::layout::KV_BLOCK;
 
 /// The free blocks of a cache that never grows.
 #[derive(Debug)]

@@ -5,9 +5,7 @@ mod checkpoint;
 pub mod kv;
 pub mod qwen;
 
-pub use backend::{
-    Activations, Backend, Batch, BatchSeq, CANDIDATES, CHOSEN, Choice, Draw, Fetch, Limits,
-};
+pub use backend::{Activations, Backend, Batch, BatchSeq, CHOSEN, Choice, Draw, Fetch};
 pub use checkpoint::check_tensors;
-pub use kv::{BlockPool, KV_BLOCK};
+pub use kv::BlockPool;
 pub use qwen::{Layer, Qwen, forward};

@@ -4,7 +4,7 @@ use super::{Activations, Backend, Batch};
 use crate::Result;
 use crate::config::ModelConfig;
 
-/// One decoder layer; the local shapes are those of `plan::shards`.
+/// One decoder layer; the local shapes are those of `layout::shard`.
 #[derive(Debug)]
 pub struct Layer<W> {
     /// `[hidden]`

@@ -4,8 +4,9 @@ mod lines;
 
 pub use lines::Lines;
 
+use crate::bytes;
 use crate::engine::FinishReason;
-use crate::plan::{Prediction, RankBytes, Tiers, bytes};
+use crate::plan::{Prediction, RankBytes, Tiers};
 use crate::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};

@@ -1,11 +1,11 @@
 //! Exact bytes of a GPU rank, counted by the shapes and lists that the device's own code allocates by.
 
-use super::cut::{Cut, KINDS, Placement, RING_SLOT_BYTES, RING_SLOTS, kind_of};
-use super::{RankBytes, Request, Shard, Tiers};
+use super::{RankBytes, Request, Tiers};
 use crate::config::ModelConfig;
-use crate::gpu::arena::{StepBuffers, WORKSPACE, batch_words};
-use crate::gpu::offload::SHARE_ROWS;
-use crate::gpu::{Geometry, Limits, inbox_bytes, kv_bytes, load};
+use crate::layout::{
+    Cut, Geometry, KINDS, Limits, Placement, RING_BYTES, SHARE_ROWS, STAGING, Shard, StepBuffers,
+    WORKSPACE, batch_words, inbox_bytes, kind_of, kv_bytes,
+};
 use crate::{Error, Result};
 
 /// Device memory that the driver and the libraries take for themselves on one rank: the CUDA context, kernels, graphs,
@@ -21,10 +21,6 @@ const WEIGHTS_PER_RECORDED_BYTE: u64 = 256;
 pub const GPU_CONTEXT_BYTES: u64 = 384 << 20;
 /// The driver gives device memory in pages of this.
 pub const DEVICE_PAGE: u64 = 2 << 20;
-/// Slots of the pinned ring that rows pass on their way from files, where any lie there.
-pub const FILE_SLOTS: u64 = 8;
-/// Bytes of one of them.
-pub const FILE_SLOT_BYTES: u64 = 16 << 20;
 /// A matrix's part on the device begins at a multiple of this.
 const DEVICE_ALIGN: u64 = 256;
 /// A matrix's part in pinned memory begins at a multiple of this.
@@ -104,7 +100,7 @@ impl GpuNeed {
         };
         let ranks_runtime = if several { GPU_RANKS_RUNTIME_BYTES } else { 0 };
         let weights: u64 = kinds.iter().map(|k| k.on_device(k.rows)).sum();
-        let load_slots = (load::STAGING as u64).min(weights);
+        let load_slots = (STAGING as u64).min(weights);
         let logits = 4 * (limits.max_logit_rows * config.vocab_size) as u64;
         let batch = 4 * batch_words(limits) as u64;
         Ok(GpuNeed {
@@ -148,11 +144,7 @@ impl GpuNeed {
     }
 
     fn ring(offloaded: bool) -> u64 {
-        if offloaded {
-            (RING_SLOTS * RING_SLOT_BYTES) as u64
-        } else {
-            0
-        }
+        if offloaded { RING_BYTES } else { 0 }
     }
 
     /// Device bytes of everything but weights.
@@ -176,7 +168,7 @@ impl GpuNeed {
         let in_files = |(k, cut): (&Kind, &Cut)| cut.file as u64 * k.row_bytes * k.copies;
         let file: u64 = self.kinds.iter().zip(&cuts).map(in_files).sum();
         let file_ring = if cuts.iter().any(|cut| cut.file > 0) {
-            FILE_SLOTS * FILE_SLOT_BYTES
+            RING_BYTES
         } else {
             0
         };
@@ -308,7 +300,7 @@ mod tests {
             n_kv_blocks: 256,
         };
         let g = Geometry::new(&config, &shard).unwrap();
-        let allocated = load::device_bytes(
+        let allocated = crate::gpu::load::device_bytes(
             &shard.matrices(&config, request.dtype),
             &g,
             &Placement::default(),

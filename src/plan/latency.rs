@@ -31,9 +31,10 @@
 
 use super::memory::WeightCount;
 use super::placement::Placed;
-use super::{DeviceKind, GpuRates, Rates, Request, Shard};
+use super::{DeviceKind, GpuRates, Rates, Request};
 use crate::config::ModelConfig;
-use crate::gpu::offload::SHARE_ROWS;
+use crate::layout::SHARE_ROWS;
+use crate::layout::Shard;
 use serde::Serialize;
 
 /// What a layer's kernels take on a GPU beyond reading and arithmetic: their starts and ends, and those too small to fill

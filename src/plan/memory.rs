@@ -1,12 +1,10 @@
 //! Bytes of a rank: its weights, its KV cache, and the buffers of one step.
 
-use super::{DeviceKind, Shard};
+use super::DeviceKind;
 use crate::config::ModelConfig;
+use crate::layout::{KV_BLOCK, Shard};
 use crate::weights::{Dtype, LocalMatrix};
 use serde::Serialize;
-
-/// Tokens in one block of the paged KV cache.
-pub use crate::model::KV_BLOCK;
 
 /// One buffer of the step arena: row-major, `rows` × `cols`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

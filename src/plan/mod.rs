@@ -2,8 +2,6 @@
 //!
 //! [`Plan::new`] needs no GPU and touches no file; `tandem plan` prints what it returns.
 
-pub mod bytes;
-mod cut;
 mod gpu;
 mod latency;
 mod memory;
@@ -11,23 +9,17 @@ mod offload;
 mod options;
 mod placement;
 mod rates;
-pub mod shards;
 mod table;
 
-pub use cut::{CUT_ROWS, Cut, KINDS, Placement, RING_SLOT_BYTES, RING_SLOTS};
-pub use gpu::{
-    DEVICE_PAGE, FILE_SLOT_BYTES, FILE_SLOTS, GPU_CONTEXT_BYTES, GPU_RANKS_RUNTIME_BYTES,
-    GPU_RUNTIME_BYTES,
-};
+pub use gpu::{DEVICE_PAGE, GPU_CONTEXT_BYTES, GPU_RANKS_RUNTIME_BYTES, GPU_RUNTIME_BYTES};
 pub use latency::{Bound, PROMPT_TOKENS, Prediction};
-pub use memory::{Buffer, KV_BLOCK, RankBytes, kv_bytes_per_block, step_buffers};
+pub use memory::{Buffer, RankBytes, kv_bytes_per_block, step_buffers};
 pub use options::{Choice, Fit, Options};
 pub use placement::{Budget, Tiers};
 pub use rates::{A100_40GB, GpuRates, H100_80GB, H200, Rate, Rates, SMALL_HOST};
-pub use shards::Shard;
 
 use crate::config::ModelConfig;
-use crate::gpu::Limits;
+use crate::layout::{KV_BLOCK, Limits, Placement, Shard};
 use crate::weights::Dtype;
 use crate::{Error, Result};
 use gpu::GpuNeed;

@@ -7,8 +7,9 @@
 //! [`fill`] takes granules of rows in one fixed order, as long as they fit. So more room never holds fewer bytes: where
 //! two fillings part, the one with more room takes a granule that the other has no room for.
 
-use super::cut::{CUT_ROWS, KINDS};
-use super::gpu::{DEVICE_PAGE, FILE_SLOT_BYTES, FILE_SLOTS, GpuNeed, Rows};
+use super::gpu::{DEVICE_PAGE, GpuNeed, Rows};
+use crate::layout::RING_BYTES;
+use crate::layout::{CUT_ROWS, KINDS};
 
 /// The embedding's place in [`KINDS`].
 const EMBED: usize = 0;
@@ -94,11 +95,7 @@ pub(super) fn shares(host: u64, asks: &[HostAsk], files: bool) -> Option<Vec<u64
         return None;
     }
     let rings = sum(&|a| {
-        if a.wanted > 0 {
-            FILE_SLOTS * FILE_SLOT_BYTES
-        } else {
-            0
-        }
+        if a.wanted > 0 { RING_BYTES } else { 0 }
     });
     let left = room.checked_sub(rings)?.checked_sub(sum(&|a| a.least))?;
     // Not 0: what is wanted is more than what there is, and that is no less than what must be.
@@ -222,7 +219,7 @@ mod tests {
             let mut sum = 0;
             for (share, ask) in shares.iter().zip(&asks) {
                 prop_assert!(*share >= ask.least && (files || *share >= ask.wanted));
-                let ring = if *share < ask.wanted { FILE_SLOTS * FILE_SLOT_BYTES } else { 0 };
+                let ring = if *share < ask.wanted { RING_BYTES } else { 0 };
                 sum += share + ask.staging + ring;
             }
             prop_assert!(sum <= host);

@@ -1,7 +1,8 @@
 //! The choice behind a request: the plan asked for, beside what else the same machines could do.
 
 use super::table::{Row, align, gib, seconds, significant};
-use super::{Bound, DeviceKind, Plan, Prediction, Request, bytes, count};
+use super::{Bound, DeviceKind, Plan, Prediction, Request, count};
+use crate::bytes;
 use crate::config::ModelConfig;
 use serde::Serialize;
 use std::fmt;

@@ -2,7 +2,9 @@
 
 use super::gpu::GpuNeed;
 use super::offload::{self, Embed, HostAsk};
-use super::{Placement, RankBytes, Request, bytes};
+use super::{RankBytes, Request};
+use crate::bytes;
+use crate::layout::Placement;
 use crate::{Error, Result};
 use serde::Serialize;
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::config::{SHAPES, named_shape};
+use crate::layout::{CUT_ROWS, Cut};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;

@@ -122,7 +122,7 @@ impl Plan {
             sum(|t| t.weights_pinned)
         );
         if let Some(host) = self.request.host_memory {
-            let _ = write!(line, " (budget {} a node)", super::bytes::format(host));
+            let _ = write!(line, " (budget {} a node)", crate::bytes::format(host));
         }
         if sum(|t| t.file) > 0.0 {
             let _ = write!(

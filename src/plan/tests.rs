@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::{SHAPES, named_shape};
+use crate::layout::{Cut, RING_SLOT_BYTES, RING_SLOTS};
 
 const GIB: u64 = 1 << 30;
 

@@ -7,9 +7,10 @@ use crate::config::ModelConfig;
 use crate::cpu::{self, CpuBackend, HostWeight, Pool};
 use crate::engine::{Replica, Step};
 use crate::gpu::{self, cuda::Cuda};
+use crate::layout::{Limits, Shard};
 use crate::logging;
-use crate::model::{Limits, Qwen};
-use crate::plan::{self, Plan, Prediction, Shard};
+use crate::model::Qwen;
+use crate::plan::{self, Plan, Prediction};
 use crate::weights::{self, Arena, Checkpoint, Dtype, LoadStats, LocalMatrix, Source};
 use crate::world::{Group, Hello};
 use crate::{Error, Result};
@@ -244,7 +245,7 @@ fn load_weights(
 fn say_loaded(stats: &LoadStats) {
     tracing::info!(
         "loaded {} in {:.2} s ({:.2} GB/s)",
-        plan::bytes::format(stats.bytes_placed),
+        crate::bytes::format(stats.bytes_placed),
         stats.seconds,
         stats.bytes_placed as f64 / stats.seconds / 1e9
     );

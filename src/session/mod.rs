@@ -243,7 +243,7 @@ fn share_demand(mine: Option<Demand>, group: &Group) -> Result<Demand> {
 /// The plan for as many sequences at a time as the input has and memory allows: fewer where that keeps all weights on
 /// the GPU, but where they cannot be, every pass over them should serve as many as possible.
 fn make_plan(args: &ModelArgs, model: &Model, demand: &Demand, group: &Group) -> Result<Plan> {
-    let parse = |text: &Option<String>| text.as_deref().map(plan::bytes::parse).transpose();
+    let parse = |text: &Option<String>| text.as_deref().map(crate::bytes::parse).transpose();
     let (gpu_typed, host_typed) = (parse(&args.gpu_memory)?, parse(&args.host_memory)?);
     // The scarcest host, or GPU, decides.
     let least = |of: fn(&Hello) -> u64| group.hellos().iter().map(of).min();

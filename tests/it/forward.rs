@@ -2,8 +2,8 @@
 //! cut into steps.
 
 use crate::support::{Golden, Ranked, golden, on_ranks, relative_error, tiny_models};
-use tandem::cpu::Limits;
-use tandem::model::{Batch, BatchSeq, KV_BLOCK};
+use tandem::layout::{KV_BLOCK, Limits};
+use tandem::model::{Batch, BatchSeq};
 
 /// Both sides compute in f32 from the same weights; they differ in the order of sums only, which for these depths and
 /// widths stays near 1e-6. A wrong rotation, mask or slice shows at 1e-2 and above.

@@ -6,6 +6,7 @@ mod commands;
 mod failures;
 mod forward;
 mod hostile;
+mod house;
 mod memory;
 mod model_folder;
 mod sampling;

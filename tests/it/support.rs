@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tandem::comm::{HostCollective, Solo, TcpCollective};
 use tandem::config::ModelConfig;
-use tandem::cpu::{CpuBackend, Limits, Pool, affinity_cpus};
+use tandem::cpu::{CpuBackend, Pool, affinity_cpus};
 use tandem::engine::Replica;
+use tandem::layout::{Limits, Shard};
 use tandem::model::check_tensors;
-use tandem::plan::Shard;
 use tandem::session::{Place, load_rank};
 use tandem::weights::{Checkpoint, Source, header};
 

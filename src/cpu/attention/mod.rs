@@ -1,7 +1,8 @@
 //! Causal attention over a paged KV cache, for prefill chunks and decode tokens in one call.
 //!
 //! The lanes of a vector are query rows: all query heads that share a KV head, of as many tokens as fit two vectors. Keys and
-//! values are broadcast from where they lie (`tile`), the softmax is computed online over chunks of positions
+//! values, each `f32[n_blocks][n_kv_heads][KV_BLOCK][head_dim]` of a layer with this rank's heads, are broadcast from where
+//! they lie (`tile`), the softmax is computed online over chunks of positions
 //! (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) and needs no sum across lanes. Where a decode
 //! step has fewer tasks than threads, a task's positions are divided and the parts merged in a fixed order
 //! (as in Flash-Decoding, Dao et al., 2023).
@@ -16,13 +17,9 @@ use super::pool::Shards;
 use super::simd::{Lanes, Simd};
 use super::tile::transpose;
 use super::{Kernels, Pool};
+use crate::layout::KV_BLOCK;
 use decode::{MAX_ROWS, Narrow, NarrowState};
 use prefill::State;
-
-/// Positions in a block of the KV cache.
-///
-/// Keys and values of a layer are each `f32[n_blocks][n_kv_heads][KV_BLOCK][head_dim]`, with this rank's heads.
-pub use crate::model::KV_BLOCK;
 
 /// Positions between two updates of the running maximum.
 const CHUNK: usize = 4 * KV_BLOCK;

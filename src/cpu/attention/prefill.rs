@@ -2,7 +2,8 @@
 
 use super::super::simd::Simd;
 use super::super::tile::{Product, transpose};
-use super::{KV_BLOCK, MASKED, Task, View};
+use super::{MASKED, Task, View};
+use crate::layout::KV_BLOCK;
 
 /// The running state of a task's rows.
 pub(super) struct State<'a> {

@@ -5,7 +5,7 @@ use super::{From, HostPart, Transfer, rows_per_unit};
 use crate::gpu::driver::{DevicePtr, Driver, Pinned, Stream};
 use crate::gpu::memory::{OwnedEvent, PinnedBuffer};
 use crate::gpu::regions::{self, Region};
-use crate::plan::{RING_SLOT_BYTES, RING_SLOTS};
+use crate::layout::{RING_SLOT_BYTES, RING_SLOTS};
 use crate::weights::{Checkpoint, Source};
 use crate::{Error, Result};
 use std::collections::{HashMap, VecDeque};

@@ -14,12 +14,12 @@ mod share;
 
 pub use files::FileSource;
 pub use ring::Ring;
-pub use share::{Cores, HostShare, SHARE_ROWS, TIMEOUT_MS};
+pub use share::{Cores, HostShare, TIMEOUT_MS};
 
 use super::driver::{Driver, Stream};
 use super::memory::LockedMemory;
 use super::regions::{Region, is_gated};
-use crate::plan::RING_SLOT_BYTES;
+use crate::layout::{RING_SLOT_BYTES, SHARE_ROWS};
 use crate::weights::LocalMatrix;
 use crate::{Error, Result};
 use files::Files;

@@ -7,7 +7,7 @@ use super::files::Files;
 use super::{From, HostPart, Mode, Transfer};
 use crate::gpu::driver::{DevicePtr, Driver, Stream};
 use crate::gpu::memory::{DeviceBuffer, LockedMemory, OwnedEvent};
-use crate::plan::{RING_SLOT_BYTES, RING_SLOTS};
+use crate::layout::{RING_SLOT_BYTES, RING_SLOTS};
 use crate::{Error, Result};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

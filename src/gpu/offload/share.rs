@@ -5,6 +5,7 @@ use super::{HostPart, rows_per_unit};
 use crate::cpu::{self, Matrix, Pool};
 use crate::gpu::driver::{DevicePtr, Driver, Pinned, Stream};
 use crate::gpu::memory::{DeviceBuffer, LockedMemory, PinnedBuffer};
+use crate::layout::SHARE_ROWS;
 use crate::weights::Dtype;
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -13,8 +14,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Tokens of a step up to which the cores take a share: beyond, arithmetic and not memory would set their pace.
-pub const SHARE_ROWS: usize = 32;
 /// A host that leaves the GPU waiting for this long is lost.
 pub const TIMEOUT_MS: u32 = 30_000;
 /// How long the thread looks for the GPU's word without a pause where the cores are its alone, and where others need them;

@@ -5,7 +5,7 @@ use super::super::cache::Cache;
 use super::super::cuda::Cuda;
 use super::*;
 use crate::config::{SHAPES, named_shape};
-use crate::cpu::{Limits as CpuLimits, Pool};
+use crate::cpu::Pool;
 use crate::session::{Place, load_rank as load_cpu_rank};
 use crate::weights::Dtype;
 use std::time::Instant;
@@ -58,7 +58,7 @@ fn against_cpu(config: &ModelConfig, parts: Parts, prompt: usize, decoded: usize
     let source = Source::Random { seed: 1 };
     let place = Place {
         shard: &shard,
-        limits: CpuLimits {
+        limits: Limits {
             max_step_tokens: prompt,
             max_logit_rows: ROWS,
             n_kv_blocks: n_blocks,

@@ -13,10 +13,8 @@ use super::*;
 use crate::Result;
 use crate::comm::HostCollective;
 use crate::config::ModelConfig;
-use crate::model::{
-    Backend, Batch, BatchSeq, CANDIDATES, Choice, KV_BLOCK, check_tensors, forward,
-};
-use crate::plan::Shard;
+use crate::layout::{CANDIDATES, Geometry, KV_BLOCK, Limits, Shard};
+use crate::model::{Backend, Batch, BatchSeq, Choice, check_tensors, forward};
 use crate::weights::{Checkpoint, Source};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

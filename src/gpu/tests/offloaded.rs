@@ -2,9 +2,9 @@
 
 use super::against_cpu::{cut, piece};
 use super::*;
-use crate::gpu::arena::WORKSPACE;
 use crate::gpu::offload::Cores;
-use crate::plan::{Cut, DeviceKind, Placement, Plan, Request};
+use crate::layout::{Cut, Placement, WORKSPACE};
+use crate::plan::{DeviceKind, Plan, Request};
 use crate::weights::Dtype;
 
 /// Where `resident` and `pinned` of 16 parts of every matrix go; the rest stays in the files.

@@ -96,7 +96,7 @@ fn the_way_of_sums_is_measured_and_the_same_on_every_rank() {
     assert!(outcomes.iter().all(|o| *o == outcomes[0]));
     let (ways, measured) = &outcomes[0];
     let rows: Vec<_> = ways.iter().map(|w| w.rows).collect();
-    assert_eq!(rows, super::super::ways::ROWS);
+    assert_eq!(rows, crate::layout::SUM_ROWS);
     assert!(ways.iter().all(|w| w.fused_us > 0.0 && w.library_us > 0.0));
     assert_eq!(measured[10], ways[4].is_fused());
     assert!(!measured[32], "no inbox has room for 33 rows");

@@ -4,8 +4,8 @@
 //! Published models need no padding. Where it is needed, each half of a head is padded on its own, so that rotation
 //! still pairs the same elements, and the zeros contribute nothing to any product.
 
+use super::Shard;
 use crate::config::ModelConfig;
-use crate::plan::Shard;
 use crate::{Error, Result};
 
 /// Head widths that the attention kernels are compiled for.

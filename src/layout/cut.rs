@@ -1,7 +1,7 @@
 //! How one rank's matrices are divided over the memories: by output rows, from the first row on.
 //!
 //! A matrix's rows lie on the GPU first, then in pinned host memory, then in the model's files. Rows are those of the
-//! device's layout, padding included ([`crate::gpu::Geometry`]); a row of `gate_up` is a feature, its gate row and its up
+//! device's layout, padding included ([`super::Geometry`]); a row of `gate_up` is a feature, its gate row and its up
 //! row together. Layers are alike, so a kind of matrix is cut once for all of them; norms and biases never leave the GPU.
 
 use super::Shard;
@@ -11,10 +11,6 @@ use serde::Serialize;
 
 /// A matrix is cut at multiples of this many rows, or at its end.
 pub const CUT_ROWS: usize = 16;
-/// Slots of the device ring that rows stream through, where any rows leave the GPU.
-pub const RING_SLOTS: usize = 8;
-/// Bytes of one of them.
-pub const RING_SLOT_BYTES: usize = 16 << 20;
 /// Kinds of matrices, in the order of [`Placement::cuts`].
 pub const KINDS: [&str; 6] = ["embed", "qkv", "o", "gate_up", "down", "head"];
 
@@ -122,7 +118,7 @@ impl Placement {
 }
 
 /// Index in [`KINDS`] of the local matrix `name` (`layers.0.qkv`); `None` for norms and biases.
-pub(super) fn kind_of(name: &str) -> Option<usize> {
+pub fn kind_of(name: &str) -> Option<usize> {
     let last = name.rsplit('.').next().unwrap_or(name);
     KINDS.iter().position(|&kind| kind == last)
 }
