@@ -3,16 +3,23 @@
 #
 #   tests/bare.sh [FOLDER]      the system is made in FOLDER, which must not exist [a temporary one]
 #
-# Needs root, on Debian or Ubuntu, and Rust by rustup, whose toolchain and downloads are used in there too.
+# Needs root, on Debian or Ubuntu, and Rust by rustup, whose toolchain and downloads are used in there too. Exit status 3
+# where such a system cannot be made.
 # TANDEM_MIRROR is where Debian comes from [what debootstrap takes by itself].
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
+cannot() {
+    echo "${0##*/}: no fresh system: $*" >&2
+    exit 3
+}
+
 need_rust
-has rustup || fail "needs Rust by rustup: its toolchain is taken along"
-apt_install debootstrap
+has rustup || cannot "it takes along the toolchain of a Rust by rustup"
+[[ $(id -u) -eq 0 ]] || cannot "that needs root"
+(apt_install debootstrap) || cannot "debootstrap cannot be installed"
 system=${1:-$(mktemp -d)/debian}
 [[ ! -e $system ]] || fail "$system is there already"
 made=$(mktemp)
@@ -32,7 +39,7 @@ say() { echo "== $*" >&2; }
 say "the smallest Debian 12"
 debootstrap --variant=minbase --include=ca-certificates bookworm "$system" \
     ${TANDEM_MIRROR:+"$TANDEM_MIRROR"} >"$made" 2>&1 ||
-    { tail -n 5 "$made" >&2 && fail "debootstrap could not make it"; }
+    { tail -n 5 "$made" >&2 && cannot "debootstrap could not make it"; }
 
 # How this machine's network reaches packages, where it needs to be told.
 for file in /etc/hosts /etc/resolv.conf /etc/pip.conf /etc/npmrc /etc/ssl/certs/ca-certificates.crt \
@@ -42,10 +49,9 @@ done
 grep -ls '^Acquire' /etc/apt/apt.conf.d/* | xargs -r cp -t "$system/etc/apt/apt.conf.d" || true
 mapfile -t told < <(env | grep -E '^(SSL_CERT_FILE|PIP_CERT|PIP_INDEX_URL|NODE_EXTRA_CA_CERTS|https?_proxy)=')
 
-mount -t proc proc "$system/proc"
-mount --bind /dev "$system/dev"
-mount -t tmpfs tmpfs "$system/dev/shm"
-mount -t devpts devpts "$system/dev/pts"
+{ mount -t proc proc "$system/proc" && mount --bind /dev "$system/dev" &&
+    mount -t tmpfs tmpfs "$system/dev/shm" && mount -t devpts devpts "$system/dev/pts"; } ||
+    cannot "nothing can be mounted here"
 for place in "${CARGO_HOME:-$HOME/.cargo}:.cargo" "${RUSTUP_HOME:-$HOME/.rustup}:.rustup"; do
     mkdir -p "$system/root/${place##*:}"
     mount --bind "${place%:*}" "$system/root/${place##*:}"

@@ -3,6 +3,8 @@
 # installs what is missing, and ends with one line that counts them.
 #
 #   tests/run.sh
+#   tests/run.sh --quick    formatting, lints, and the tests that need no network, no root, no Python and no emulated GPU:
+#                           minutes, while you work
 #
 # The launcher tests start a Slurm of their own, for which they need root or sudo.
 # TANDEM_FUZZ_SECONDS (20) is how long each fuzz target runs.
@@ -19,6 +21,19 @@ mpi_build=$(mktemp -d)
 trap 'rm -rf "$log" "$mpi_build"' EXIT
 
 say() { echo "== $*" >&2; }
+
+quick() {
+    need_rust
+    cargo fmt --check
+    cargo clippy --release --locked --all-targets -- -D warnings
+    cargo test --release --locked --lib --bins -- --skip gpu::
+    cargo test --release --locked --test it
+}
+case ${1:-} in
+    "") ;;
+    --quick) quick && exit ;;
+    *) fail "usage: tests/run.sh [--quick]" ;;
+esac
 
 install_tools() {
     need_rust

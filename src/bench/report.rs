@@ -2,6 +2,7 @@
 
 use super::ceilings::{Ceilings, GpuCeilings};
 use super::compare::{Comparison, Way};
+use super::limits::Limits;
 use super::plot::{self, Curve, Panel, Shape};
 use super::sweep::{Probed, Row, Sweep};
 use crate::Result;
@@ -9,11 +10,10 @@ use crate::bytes;
 use crate::plan::{DeviceKind, Prediction, Tiers};
 use std::fmt::Write;
 
-/// The whole sweep as text: ceilings first, then each figure beside its limit.
+/// The whole sweep as text, at most 100 columns wide: each figure beside its limit, then the ceilings that the limits are of.
 pub fn text(sweep: &Sweep) -> String {
-    let mut out = format!("{} (tandem {})\n", sweep.model, sweep.version);
-    out += &probed_text(&sweep.ceilings);
-    out + "\n" + &rows_text(&sweep.rows)
+    let title = format!("{} (tandem {})\n\n", sweep.model, sweep.version);
+    title + &rows_text(&sweep.rows) + &probed_text(&sweep.ceilings)
 }
 
 fn probed_text(all: &[Probed]) -> String {
@@ -30,27 +30,31 @@ fn probed_text(all: &[Probed]) -> String {
     out
 }
 
-/// A figure of a GPU and what a table calls it.
-type Column = (&'static str, fn(&GpuCeilings) -> f64);
+/// A figure of a GPU and what a table calls it, in two lines.
+type Column = ([&'static str; 2], fn(&GpuCeilings) -> f64);
 
 /// The ceilings of one number of ranks.
 pub fn ceilings_text(ceilings: &Ceilings) -> String {
     // The columns of a GPU are left out where there is none.
     let on_gpu: &[Column] = match ceilings.device() {
         DeviceKind::Cuda => &[
-            ("read GB/s", |g| g.read_gbs),
-            ("products TFLOP/s", |g| g.gemm_tflops),
-            ("link GB/s", |g| g.link_gbs),
-            ("all links", |g| g.link_all_gbs),
-            ("beside cores", |g| g.link_beside_cores_gbs),
-            ("cores beside link", |g| g.cores_beside_link_gbs),
+            (["read", "GB/s"], |g| g.read_gbs),
+            (["products", "TFLOP/s"], |g| g.gemm_tflops),
+            (["link", "GB/s"], |g| g.link_gbs),
+            (["all links", "GB/s"], |g| g.link_all_gbs),
+            (["link beside", "cores GB/s"], |g| g.link_beside_cores_gbs),
+            (["cores beside", "link GB/s"], |g| g.cores_beside_link_gbs),
         ],
         DeviceKind::Cpu => &[],
     };
-    let mut header = words(&["rank"]);
-    header.extend(on_gpu.iter().map(|(name, _)| (*name).to_owned()));
-    header.extend(words(&["cores GB/s", "cores GFLOP/s"]));
-    let mut rows = vec![header];
+    let header = |line: usize| {
+        let ours = [["", "rank"][line]];
+        let last = [["cores", "cores"], ["GB/s", "GFLOP/s"]][line];
+        let gpu = on_gpu.iter().map(|(name, _)| name[line]);
+        let all = ours.into_iter().chain(gpu).chain(last);
+        all.map(str::to_owned).collect()
+    };
+    let mut rows: Vec<Vec<String>> = vec![header(0), header(1)];
     for (r, rank) in ceilings.ranks.iter().enumerate() {
         let gpu = |(_, of): &Column| rank.gpu.as_ref().map_or("-".to_owned(), |g| figure(of(g)));
         let mut line = vec![r.to_string()];
@@ -98,48 +102,34 @@ pub fn ceilings_text(ceilings: &Ceilings) -> String {
 
 fn rows_text(rows: &[Row]) -> String {
     let several = rows.iter().any(|r| r.size.ranks != rows[0].size.ranks);
-    let mut header = words(&[
-        "ranks",
-        "prompt",
-        "batch",
-        "ready s",
-        "first token ms",
-        "limit",
-        "reached",
-        "a token ms",
-        "p99",
-        "limit",
-        "reached",
-        "tokens/s",
-        "a rank holds",
-    ]);
+    let mut header = [
+        words(&["", "", "", "ready", "first", "of", "a", "", "of", "tokens"]),
+        words(&[
+            "ranks", "prompt", "batch", "s", "token ms", "limit", "token ms", "p99", "limit",
+            "a second",
+        ]),
+    ];
     if several {
-        header.extend(words(&["speed-up", "efficiency"]));
+        header[0].extend(words(&["speed-", "effi-"]));
+        header[1].extend(words(&["up", "ciency"]));
     }
-    let mut table = vec![header];
-    for row in rows.iter() {
+    let mut table = header.to_vec();
+    for row in rows {
         let Some(m) = &row.measured else { continue };
         let ms = |s: f64| figure(1e3 * s);
-        let limit = |of: fn(&super::limits::Limits) -> f64| row.limits.as_ref().map(of);
-        let beside = |limit: Option<f64>, measured: f64| match limit {
-            Some(limit) if measured > 0.0 => {
-                [ms(limit), format!("{:.0}%", 100.0 * limit / measured)]
-            }
-            _ => ["-".to_owned(), "-".to_owned()],
-        };
-        let mut line = words(&[]);
-        line.extend([
+        let limit = |of: fn(&Limits) -> f64| row.limits.as_ref().map(of);
+        let mut line = vec![
             row.size.ranks.to_string(),
             row.size.prompt_tokens.to_string(),
             row.size.batch.to_string(),
             figure(m.ready_s),
             ms(m.ttft_s),
-        ]);
-        line.extend(beside(limit(|l| l.prefill_s), m.ttft_s));
-        line.extend([ms(m.tpot_p50_s), ms(m.tpot_p99_s)]);
-        line.extend(beside(limit(|l| l.decode_s), m.tpot_p50_s));
-        line.push(figure(m.tokens_per_s));
-        line.push(largest_total(row).map_or("-".to_owned(), bytes::format));
+            reached(limit(|l| l.prefill_s), m.ttft_s),
+            ms(m.tpot_p50_s),
+            ms(m.tpot_p99_s),
+            reached(limit(|l| l.decode_s), m.tpot_p50_s),
+            figure(m.tokens_per_s),
+        ];
         if several {
             line.extend(match speed_up(rows, row) {
                 Some((speed_up, efficiency)) => {
@@ -150,10 +140,9 @@ fn rows_text(rows: &[Row]) -> String {
         }
         table.push(line);
     }
-    let mut out = if table.len() > 1 {
-        align(&table)
-    } else {
-        String::new()
+    let mut out = match rows.iter().any(|r| r.measured.is_some()) {
+        true => align(&table),
+        false => String::new(),
     };
     for row in rows {
         if let Some(error) = &row.error {
@@ -163,64 +152,66 @@ fn rows_text(rows: &[Row]) -> String {
     out
 }
 
-/// A comparison as text: ceilings first, then each way beside its limit and the plan's prediction.
+/// The part of a limit that a figure reaches.
+fn reached(limit: Option<f64>, measured: f64) -> String {
+    match limit {
+        Some(limit) if measured > 0.0 => format!("{:.0}%", 100.0 * limit / measured),
+        _ => "-".to_owned(),
+    }
+}
+
+/// A comparison as text, at most 100 columns wide: each way beside its limit and the plan's prediction, where its bytes lie,
+/// then the ceilings.
 pub fn comparison_text(c: &Comparison) -> String {
-    let mut out = format!("{} (tandem {})\n", c.model, c.version) + &probed_text(&c.ceilings);
-    let mut table = vec![words(&[
-        "",
-        "budget",
-        "ready s",
-        "first token ms",
-        "predicted",
-        "a token ms",
-        "p99",
-        "predicted",
-        "limit",
-        "reached",
-        "tokens/s",
-        "J/token",
-        "on GPU",
-        "on host",
-        "in files",
-    ])];
+    let mut speeds = vec![
+        words(&[
+            "", "ready", "first", "pre-", "a", "", "pre-", "of", "tokens", "J a",
+        ]),
+        words(&[
+            "", "s", "token ms", "dicted", "token ms", "p99", "dicted", "limit", "a second",
+            "token",
+        ]),
+    ];
+    let mut places = vec![words(&["", "budget", "on GPU", "on host", "in files"])];
+    let maybe = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    let ms = |s: f64| figure(1e3 * s);
     for way in &c.ways {
         let Some(m) = &way.measured else { continue };
-        let ms = |s: f64| figure(1e3 * s);
-        let maybe = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
         // A prediction of the first token is that of a prompt of one length.
         let ttft = way
             .predicted
             .filter(|p| p.prompt_tokens == way.size.prompt_tokens);
-        let tier = |of: fn(&Tiers) -> u64| maybe(way.tiers.as_ref().map(|t| bytes::format(of(t))));
-        let reached = way.decode_limit_s.filter(|_| m.tpot_p50_s > 0.0);
-        table.push(vec![
+        speeds.push(vec![
             way.name.clone(),
-            maybe(way.gpu_memory.map(bytes::format)),
             figure(m.ready_s),
             ms(m.ttft_s),
             maybe(ttft.map(|p| ms(p.ttft_s))),
             ms(m.tpot_p50_s),
             ms(m.tpot_p99_s),
             maybe(way.predicted.map(|p| ms(p.tpot_s))),
-            maybe(way.decode_limit_s.map(ms)),
-            maybe(reached.map(|s| format!("{:.0}%", 100.0 * s / m.tpot_p50_s))),
+            reached(way.decode_limit_s, m.tpot_p50_s),
             figure(m.tokens_per_s),
             maybe(way.joules_per_token.map(figure)),
+        ]);
+        let tier = |of: fn(&Tiers) -> u64| maybe(way.tiers.as_ref().map(|t| bytes::format(of(t))));
+        places.push(vec![
+            way.name.clone(),
+            maybe(way.gpu_memory.map(bytes::format)),
             tier(|t| t.device),
             tier(|t| t.host),
             tier(|t| t.file),
         ]);
     }
-    out.push('\n');
-    if table.len() > 1 {
-        out += &align(&table);
+    let mut out = format!("{} (tandem {})\n\n", c.model, c.version);
+    if places.len() > 1 {
+        out += &(align(&speeds) + "\n" + &align(&places));
     }
     for way in &c.ways {
         if let Some(error) = &way.error {
             let _ = writeln!(out, "{}: failed: {error}", way.name);
         }
     }
-    out
+    out + &probed_text(&c.ceilings)
 }
 
 /// A comparison as a plot: each way's figures, what the plan predicted, and the limit.
@@ -263,13 +254,6 @@ pub fn comparison_plot(c: &Comparison) -> Result<String> {
         }),
     ];
     plot::draw(&plot_title(&c.model, &c.ceilings), &panels)
-}
-
-/// What the fullest rank holds, in bytes.
-fn largest_total(row: &Row) -> Option<u64> {
-    let ranks = row.measured.as_ref()?.ranks.as_array()?;
-    let totals = ranks.iter().filter_map(|r| r["bytes"]["total"].as_u64());
-    totals.max()
 }
 
 /// How many times as fast as the fewest ranks a decode step of the same size is, and that over the number of times as
@@ -457,5 +441,56 @@ pub fn figure(value: f64) -> String {
         v if v >= 9.995 => format!("{value:.1}"),
         v if v >= 0.9995 => format!("{value:.2}"),
         _ => format!("{value:.3}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::limits::Size;
+    use super::super::sweep::Measured;
+    use super::*;
+
+    fn row(ranks: usize) -> Row {
+        let size = Size {
+            ranks,
+            prompt_tokens: 131_072,
+            max_tokens: 128,
+            batch: 256,
+        };
+        let measured = Measured {
+            load_s: 179.0,
+            ready_s: 181.0,
+            ttft_s: 12.345,
+            tpot_p50_s: 1.2345,
+            tpot_p99_s: 12.345,
+            tokens_per_s: 123_456.0,
+            decode_s: 100.0,
+            predicted_tpot_s: None,
+            host_gbs: None,
+            ranks: serde_json::Value::Null,
+        };
+        Row {
+            size,
+            measured: Some(measured),
+            error: None,
+            limits: None,
+        }
+    }
+
+    #[test]
+    fn tables_fit_a_terminal() {
+        let sweep = Sweep {
+            model: "qwen2.5-72b".to_owned(),
+            version: "0.1.0",
+            ceilings: Vec::new(),
+            rows: vec![row(1), row(8)],
+        };
+        let text = text(&sweep);
+        assert!(text.lines().all(|l| l.chars().count() <= 100), "{text}");
+        // A figure stands below its own heading.
+        let lines: Vec<&str> = text.lines().collect();
+        let at = lines[3].find("a second").unwrap() + "a second".len();
+        assert!(lines[4][..at].ends_with("123456"), "{text}");
+        assert!(lines[5].ends_with("1.00     12%"), "{text}");
     }
 }

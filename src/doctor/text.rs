@@ -30,7 +30,10 @@ fn section(f: &mut fmt::Formatter<'_>, label: &str, lines: &[String]) -> fmt::Re
             .chars()
             .map(|c| if c.is_control() { '?' } else { c })
             .collect();
-        writeln!(f, "{label:<9} {line}")?;
+        for (n, part) in textwrap::wrap(&line, 90).iter().enumerate() {
+            let label = if n == 0 { label } else { "" };
+            writeln!(f, "{label:<9} {part}")?;
+        }
     }
     Ok(())
 }

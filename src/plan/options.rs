@@ -1,6 +1,6 @@
 //! The choice behind a request: the plan asked for, beside what else the same machines could do.
 
-use super::table::{Row, align, gib, seconds, significant};
+use super::table::{Row, WIDTH, align, gib, seconds, significant};
 use super::{Bound, DeviceKind, Plan, Prediction, Request, count};
 use crate::bytes;
 use crate::config::ModelConfig;
@@ -212,8 +212,14 @@ impl fmt::Display for Options {
         let mut rows = vec![header.map(str::to_owned).to_vec()];
         rows.extend(self.0.iter().map(Choice::row));
         let whys = std::iter::once("why").chain(self.0.iter().map(|c| c.why.as_str()));
-        for (line, why) in align(&rows).lines().zip(whys) {
-            writeln!(f, "{line}  {why}")?;
+        let table = align(&rows);
+        let width = table.lines().map(|l| l.chars().count()).max().unwrap_or(0);
+        for (line, why) in table.lines().zip(whys) {
+            // What is too long goes on in its own column.
+            for (n, part) in textwrap::wrap(why, WIDTH - 2 - width).iter().enumerate() {
+                let line = if n == 0 { line } else { "" };
+                writeln!(f, "{line:<width$}  {part}")?;
+            }
         }
         writeln!(f, "* asked for; bytes in GiB over all ranks")
     }

@@ -7,6 +7,11 @@ use std::ops::Range;
 /// Up to this many ranks have a line each, with the ranges they hold; beyond, equal ranks share one.
 const MAX_LINES: usize = 8;
 
+/// Columns of the table of ranks that say which part of the model a rank holds, its number first.
+const SHARD_COLUMNS: usize = 5;
+/// Columns of a terminal that every line fits.
+pub(super) const WIDTH: usize = 100;
+
 pub(super) type Row = Vec<String>;
 
 /// What ranks must have in common to share a line.
@@ -14,7 +19,12 @@ type Alike = ([usize; 4], RankBytes, Tiers);
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}\n{}\n", self.model_line(), self.request_line())?;
+        writeln!(
+            f,
+            "{}\n{}\n",
+            fold_line(&self.model_line()),
+            fold_line(&self.request_line())
+        )?;
         let mut rows = vec![self.header()];
         if self.ranks.len() <= MAX_LINES {
             rows.extend(
@@ -30,9 +40,19 @@ impl fmt::Display for Plan {
                 })
             }));
         }
-        f.write_str(&align(&rows))?;
-        writeln!(f, "\n{}\n{}", self.fit_line(), self.speed_line())?;
-        f.write_str(&self.rate_lines())
+        // What a rank holds of the model, then what that takes: the whole would be wider than a terminal.
+        let [shards, bytes] = [0..SHARD_COLUMNS, SHARD_COLUMNS..rows[0].len()].map(|columns| {
+            let part = |row: &Row| [&row[..1], &row[columns.start.max(1)..columns.end]].concat();
+            rows.iter().map(part).collect::<Vec<_>>()
+        });
+        writeln!(f, "{}\n{}", align(&shards), align(&bytes))?;
+        for line in [self.fit_line(), self.speed_line()] {
+            writeln!(f, "{}", fold_line(&line))?;
+        }
+        for line in self.rate_lines().lines() {
+            writeln!(f, "{}", fold_line(line))?;
+        }
+        Ok(())
     }
 }
 
@@ -175,6 +195,11 @@ impl Plan {
         }
         lines
     }
+}
+
+/// A line that goes on below itself where it is too long.
+fn fold_line(line: &str) -> String {
+    textwrap::fill(line, textwrap::Options::new(WIDTH).subsequent_indent("  "))
 }
 
 fn alike(rank: &RankPlan) -> Alike {
