@@ -221,7 +221,7 @@ fn the_prediction_is_the_formula_by_hand() {
 /// Decode times of resident models at context 1024, random weights, batch 1: GPU, its measured read rate in GB/s, shape,
 /// ranks, milliseconds a token.
 ///
-/// H200: the table of "How fast" in the README (2026-11-23). H100: the same command, and two ranks with the fused one-shot
+/// H200: `tandem bench scaling` of 2026-11-23. H100: the same command, and two ranks with the fused one-shot
 /// all-reduce of about 5 µs.
 const DECODE_MEASURED: &[(Rates, f64, &str, usize, f64)] = &[
     (H100_80GB, 3050.0, "qwen2.5-7b", 1, 5.28),

@@ -25,6 +25,13 @@ struct Rules {
     post_processor: Value,
     #[serde(default)]
     added_tokens: Vec<Added>,
+    #[serde(default)]
+    model: Option<Model>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    dropout: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -39,6 +46,12 @@ impl Growth {
     pub(super) fn of(json: &[u8]) -> Result<Self, String> {
         // Another kind of JSON than an object is the tokenizers crate's to refuse.
         let rules: Rules = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+        // For training; a prompt would be other tokens each time.
+        if let Some(share) = rules.model.and_then(|m| m.dropout).filter(|&p| p > 0.0) {
+            return Err(format!(
+                "its model leaves out merges by chance (dropout {share}): set it to null"
+            ));
+        }
         let growth = Growth(growth(&rules.normalizer)? * growth(&rules.pre_tokenizer)?);
         for token in &rules.added_tokens {
             check_token(&token.content)?;
@@ -168,6 +181,22 @@ mod tests {
         let llama = json!({"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"}, replace(json!({"String": " "}), "▁")]});
         assert_eq!(of(llama, Value::Null), Ok(Growth(12.0)));
+    }
+
+    #[test]
+    fn merges_are_not_left_out_by_chance() {
+        for (model, refused) in [
+            (json!({"type": "BPE", "dropout": 0.1}), true),
+            (json!({"type": "BPE", "dropout": 0.0}), false),
+            (
+                json!({"type": "BPE", "dropout": null, "vocab": {"a": 0}}),
+                false,
+            ),
+        ] {
+            let json = json!({ "model": model }).to_string();
+            let got = Growth::of(json.as_bytes());
+            assert_eq!(got.is_err_and(|e| e.contains("dropout")), refused, "{json}");
+        }
     }
 
     #[test]

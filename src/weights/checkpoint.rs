@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
+const ADAPTER: &str = "adapter_config.json";
 
 /// One tensor of a checkpoint; its range is checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,6 +128,14 @@ impl Checkpoint {
             return Err(Error::file(
                 dir,
                 "a model is a directory, and this is a file",
+            ));
+        }
+        // transformers applies it: the answers would be those of another model.
+        let adapter = dir.join(ADAPTER);
+        if files::is_there(&adapter) {
+            return Err(Error::file(
+                adapter,
+                "an adapter (LoRA) lies beside the model and would not be applied: merge it into the model, or move it away",
             ));
         }
         if files::is_there(&dir.join(SINGLE)) {

@@ -67,6 +67,19 @@ fn greedy(dir: &Path) -> (Vec<u32>, String, String) {
 }
 
 #[test]
+fn an_adapter_beside_the_model_is_not_passed_over() {
+    let dir = folder();
+    fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
+    let out = run(dir.path(), &["--prompt", "ab"]);
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(
+        err.contains("adapter_config.json: an adapter (LoRA)") && err.lines().count() == 1,
+        "{err}"
+    );
+}
+
+#[test]
 fn without_a_generation_config_an_answer_ends_where_the_model_says() {
     let dir = folder();
     fs::remove_file(dir.path().join("generation_config.json")).unwrap();
