@@ -115,10 +115,13 @@ sbatch_split() {
     matches split 2
 }
 
-# One step whose tasks start the ranks of every run: 1 and 2 of the 3 that there are.
+# One step whose tasks start the ranks of every run: 1 and 2 of the 3 that there are. A fourth is a row that failed, and the end.
 srun_bench() {
-    passes bench 120 srun -n 3 "$tandem" bench scaling --model tests/golden/models/qwen2-tied --device cpu \
-        --ranks 1,2,4 --prompt-tokens 20 --max-tokens 8 --json "$work/bench.json"
+    local status=0
+    timeout --kill-after=5 120 srun -n 3 "$tandem" bench scaling --model tests/golden/models/qwen2-tied --device cpu \
+        --ranks 1,2,4 --prompt-tokens 20 --max-tokens 8 --json "$work/bench.json" \
+        >"$work/bench.out" 2>"$work/bench.err" </dev/null || status=$?
+    [[ $status -eq 1 ]] || { cat "$work/bench.err" >&2; fail "FAILED bench: exit status $status"; }
     if ! python3 - "$work/bench.json" <<'PYTHON'; then
 import json, sys
 
