@@ -14,7 +14,7 @@ seconds=${1:-20}
 # What `cargo fuzz` sets, less the sanitizers: those need a nightly compiler, and the code under test is safe Rust.
 # With --target, the flags do not reach build scripts.
 host=$(rustc -vV | sed -n 's/^host: //p')
-coverage="-Cpasses=sancov-module -Ccodegen-units=1 --cfg fuzzing"
+coverage="-Cpasses=sancov-module --cfg fuzzing"
 for flag in level=4 inline-8bit-counters pc-table trace-compares; do
     coverage="$coverage -Cllvm-args=-sanitizer-coverage-$flag"
 done
