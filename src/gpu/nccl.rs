@@ -1,6 +1,6 @@
 //! Collectives between GPUs by NCCL. All calls into the library are in this file.
 //!
-//! There is no NCCL crate to build on (`nccl` on crates.io is a configuration language); cudarc has types, but searches
+//! There is no NCCL crate to build on (the crate `nccl` is a configuration language); cudarc has types, but searches
 //! the library as `libnccl.so`, which a runtime installation does not have.
 
 use super::collective::DeviceCollective;
