@@ -64,7 +64,7 @@ in_there() {
     local begin=$SECONDS
     chroot "$system" env -i HOME=/root TERM="${TERM:-dumb}" "${told[@]}" \
         PATH=/root/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-        bash -c "cd /root/tandem && $1" </dev/null
+        bash -c "cd /root/tandem && $1" </dev/null || exit 1
     say "$1: done in $((SECONDS - begin)) s"
 }
 in_there launch/demo.sh
