@@ -23,6 +23,7 @@ has rustup || cannot "it takes along the toolchain of a Rust by rustup"
 system=${1:-$(mktemp -d)/debian}
 [[ ! -e $system ]] || fail "$system is there already"
 made=$(mktemp)
+home=/home/newcomer # in there
 trap leave EXIT
 
 # What is mounted below must be gone before anything is removed.
@@ -44,7 +45,7 @@ debootstrap --variant=minbase --include=ca-certificates bookworm "$system" \
 # How this machine's network reaches packages, where it needs to be told.
 for file in /etc/hosts /etc/resolv.conf /etc/pip.conf /etc/npmrc /etc/ssl/certs/ca-certificates.crt \
     "$HOME/.npmrc" "$HOME/.config/pip/pip.conf"; do
-    [[ -f $file ]] && install -D -m 644 "$file" "$system${file/#$HOME//root}"
+    [[ -f $file ]] && install -D -m 644 "$file" "$system${file/#$HOME/$home}"
 done
 grep -ls '^Acquire' /etc/apt/apt.conf.d/* | xargs -r cp -t "$system/etc/apt/apt.conf.d" || true
 mapfile -t told < <(env | grep -E '^(SSL_CERT_FILE|PIP_CERT|PIP_INDEX_URL|NODE_EXTRA_CA_CERTS|https?_proxy)=')
@@ -53,18 +54,18 @@ mapfile -t told < <(env | grep -E '^(SSL_CERT_FILE|PIP_CERT|PIP_INDEX_URL|NODE_E
     mount -t tmpfs tmpfs "$system/dev/shm" && mount -t devpts devpts "$system/dev/pts"; } ||
     cannot "nothing can be mounted here"
 for place in "${CARGO_HOME:-$HOME/.cargo}:.cargo" "${RUSTUP_HOME:-$HOME/.rustup}:.rustup"; do
-    mkdir -p "$system/root/${place##*:}"
-    mount --bind "${place%:*}" "$system/root/${place##*:}"
+    mkdir -p "$system$home/${place##*:}"
+    mount --bind "${place%:*}" "$system$home/${place##*:}"
 done
-git clone -q . "$system/root/tandem"
+git clone -q . "$system$home/tandem"
 
 # in_there COMMAND: in the clone, with nothing of this shell's environment.
 in_there() {
     say "$1"
     local begin=$SECONDS
-    chroot "$system" env -i HOME=/root TERM="${TERM:-dumb}" "${told[@]}" \
-        PATH=/root/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-        bash -c "cd /root/tandem && $1" </dev/null || exit 1
+    chroot "$system" env -i HOME="$home" TERM="${TERM:-dumb}" "${told[@]}" \
+        PATH="$home/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \
+        bash -c "cd $home/tandem && $1" </dev/null || exit 1
     say "$1: done in $((SECONDS - begin)) s"
 }
 in_there launch/demo.sh
